@@ -1,0 +1,137 @@
+"""From a name in a config to a judge that can be asked."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from judges import lexicon
+from judges.errors import UserError
+from judges.interface import Text
+from judges.plugins import (
+    FORM,
+    args_key,
+    is_plugin,
+    load_plugin,
+    nearest,
+    open_parameters,
+    required,
+)
+
+BUILT_IN: Mapping[str, Callable[..., Any]] = {
+    "sentiment": lexicon.sentiment,
+    "polarity": lexicon.polarity,
+}
+
+TEXTS = ("prompts", "completions", "first", "second")
+"""The parameters that are handed over by us; all others are columns of the prompts, or args."""
+
+
+@dataclass(frozen=True, slots=True)
+class Judge:
+    """A judge built from its config.
+
+    ``compares`` tells its shape: it is asked for P(first better), else for scores. ``accepts`` are
+    the parameters that its signature leaves open (None: any), ``needs`` the columns among them
+    without a default.
+    """
+
+    name: str
+    compares: bool
+    function: Callable[..., Any]
+    accepts: frozenset[str] | None
+    needs: tuple[str, ...]
+    bound: frozenset[str]
+    key: str
+
+    def ask(self, columns: Mapping[str, Sequence[Any]], **texts: Sequence[Text]) -> Any:
+        """What the judge returns, unread: an awaitable if it is asynchronous.
+
+        ``texts`` are ``prompts`` and ``completions``, or ``prompts``, ``first`` and ``second``;
+        they and the columns are lists of one length. An arg goes before a column of its name.
+        Raises UserError for a column that the signature needs and the prompts lack.
+        """
+        for name in self.needs:
+            if name not in columns:
+                raise UserError(
+                    f"{self.key}={self.name}: it needs the column {name}, and the prompts have "
+                    f"{', '.join(columns) or 'no columns'}{nearest(name, columns)}: "
+                    f"add the column, or give {args_key(self.key)}.{name}"
+                )
+        offered = {n: v for n, v in columns.items() if n not in self.bound} | texts
+        if self.accepts is not None:
+            offered = {n: v for n, v in offered.items() if n in self.accepts}
+        return self.function(**offered)
+
+
+def build_judge(name: str, args: Mapping[str, Any], *, key: str = "judge.name") -> Judge:
+    """The built-in judge of that name, or the plug-in that it points to.
+
+    A class is constructed here, once, with ``args``; of its instance the method ``score``, else
+    ``compare``, else the call is the judge. A function gets ``args`` by keyword at every call.
+    It compares if its signature takes ``first`` and ``second``; else it scores. Raises UserError
+    for an unknown name, an unfit signature, or args that do not fit it; what a plug-in's
+    constructor raises passes through.
+    """
+    if is_plugin(name):
+        plugin = load_plugin(name, key=key)
+    elif name in BUILT_IN:
+        plugin = BUILT_IN[name]
+        for arg in args:
+            raise UserError(f"{args_key(key)}.{arg}: {name} takes no arguments: leave it out")
+    else:
+        raise UserError(
+            f"{key}={name}: no such judge{nearest(name, BUILT_IN)}: "
+            f"write {', '.join(BUILT_IN)}, {FORM}"
+        )
+    if inspect.isclass(plugin):
+        function, args = _method(_construct(plugin, args, name, key), name, key), {}
+    else:
+        function = plugin
+    for arg in args:
+        if arg in TEXTS:
+            raise UserError(
+                f"{args_key(key)}.{arg}: the judge is given {arg} by the run: rename it"
+            )
+    open_, takes_any = open_parameters(function, args, key=key, spec=name)
+    compares = "first" in open_ and "second" in open_
+    if not (compares or takes_any or "completions" in open_):
+        raise UserError(
+            f"{key}={name}: it takes ({', '.join(open_)}): a judge takes prompts and completions "
+            "to score, or prompts, first and second to compare"
+        )
+    for parameter in open_.values():
+        if parameter.kind is inspect.Parameter.POSITIONAL_ONLY:
+            raise UserError(
+                f"{key}={name}: its parameter {parameter.name} is positional-only, and a judge is "
+                "called by keyword: take the / out of its signature"
+            )
+    handed_over = ("prompts", "first", "second") if compares else ("prompts", "completions")
+    return Judge(
+        name=name,
+        compares=compares,
+        function=functools.partial(function, **args) if args else function,
+        accepts=None if takes_any else frozenset(open_),
+        needs=tuple(n for n in required(open_) if n not in handed_over),
+        bound=frozenset(args),
+        key=key,
+    )
+
+
+def _construct(plugin: type, args: Mapping[str, Any], name: str, key: str) -> object:
+    open_, _ = open_parameters(plugin, args, key=key, spec=name)
+    if missing := required(open_):
+        raise UserError(f"{args_key(key)}: {name} needs {', '.join(missing)}: give it there")
+    return plugin(**args)
+
+
+def _method(instance: object, name: str, key: str) -> Callable[..., Any]:
+    for method in ("score", "compare"):
+        if callable(function := getattr(instance, method, None)):
+            return function  # type: ignore[no-any-return]
+    if callable(instance):
+        return instance
+    raise UserError(f"{key}={name}: the class has no method score, compare or __call__: add one")

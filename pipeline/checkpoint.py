@@ -1,0 +1,85 @@
+"""Checkpoints: everything a killed run needs to go on as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.learner import RemoteLearner
+
+
+@dataclass(frozen=True, slots=True)
+class Cursor:
+    """Where a run stands: updates applied, the round it learns from, that round's updates done.
+
+    ``metrics_bytes`` is the length of metrics.jsonl at that moment; ``drift`` what the drift
+    measures remember.
+    """
+
+    update: int = 0
+    round: int = 0
+    batch: int = 0
+    metrics_bytes: int = 0
+    drift: Mapping[str, Any] | None = None
+
+
+class Checkpoints:
+    """The ``checkpoints/`` directory of a run; each appears whole or not at all."""
+
+    def __init__(self, directory: Path, every: int, keep: int) -> None:
+        self._directory = directory
+        self._every = every
+        self._keep = keep
+
+    def due(self, update: int) -> bool:
+        """Whether a checkpoint is wanted after this update."""
+        return update % self._every == 0
+
+    def save(self, learner: RemoteLearner, cursor: Cursor) -> Path:
+        """Write a checkpoint at the cursor, then remove the oldest beyond ``keep``."""
+        final = self._directory / f"update-{cursor.update:06d}"
+        if final.exists():
+            return final
+        partial = self._directory / f".partial-{final.name}"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        learner.save(partial)
+        (partial / "cursor.json").write_text(json.dumps(asdict(cursor)))
+        for path in (*partial.iterdir(), partial):
+            _flush(path)
+        os.replace(partial, final)
+        _flush(self._directory)
+        for old in self.all()[: -self._keep]:
+            shutil.rmtree(old)
+        return final
+
+    def all(self) -> list[Path]:
+        """Whole checkpoints, oldest first."""
+        return sorted(self._directory.glob("update-*"))
+
+    def latest_update(self) -> int:
+        """Updates applied in the newest checkpoint; 0 where there is none."""
+        found = self.all()
+        return int(found[-1].name.removeprefix("update-")) if found else 0
+
+    def restore(self, learner: RemoteLearner) -> Cursor:
+        """Load the newest checkpoint into the learner; the run's beginning where there is none."""
+        found = self.all()
+        if not found:
+            return Cursor()
+        cursor = Cursor(**json.loads((found[-1] / "cursor.json").read_text()))
+        learner.load(found[-1])
+        return cursor
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,156 @@
+"""The command line: each command is a few lines over what Python users call."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import click
+import typer
+from rich.console import Console
+
+from judges.errors import UserError
+from workers.judge_worker import JudgeFailed
+from workers.weight_sync.buckets import SyncError
+
+if TYPE_CHECKING:
+    from pipeline.job import RunResult
+
+EXIT_FAILURE, EXIT_MISTAKE, EXIT_STOPPED = 1, 2, 3
+
+app = typer.Typer(
+    name="freshpairs",
+    help="Online preference optimisation: sample fresh pairs from the policy, judge them, learn.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run directory, e.g. runs/x.")]
+
+
+@app.command(epilog="Example: `freshpairs train configs/quickstart.yaml learner.learning_rate=1e-5`")
+def train(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="The run's config.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]…", help="Overrides.")
+    ] = None,
+) -> None:
+    """Start a new run and see it through."""
+    from pipeline.config import load_config
+
+    cfg = load_config(config, overrides or [])
+    _one_process_environment(cfg.cluster.address)
+    from pipeline import job
+
+    _show(job.run(cfg))
+
+
+@app.command(epilog="Example: `freshpairs resume runs/quickstart`")
+def resume(run_dir: RunDir) -> None:
+    """Go on with a run that was stopped or killed, as if nothing had happened."""
+    from pipeline.run_directory import read_run_config
+
+    cfg, _ = read_run_config(run_dir)
+    _one_process_environment(cfg.cluster.address)
+    from pipeline import job
+
+    _show(job.resume(run_dir))
+
+
+@app.command(epilog="Example: `freshpairs evaluate runs/quickstart evaluation.judges=[polarity]`")
+def evaluate(
+    run_dir: RunDir,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]…", help="Overrides.")
+    ] = None,
+) -> None:
+    """Compare a finished run's policy with its starting model again, e.g. by another judge."""
+    from pipeline.run_directory import read_run_config
+
+    cfg, _ = read_run_config(run_dir, overrides or [])
+    _one_process_environment(cfg.cluster.address)
+    from pipeline import job
+
+    _show(job.evaluate(cfg))
+
+
+@app.command(epilog="Example: `freshpairs export runs/quickstart --out pairs.parquet`")
+def export(
+    run_dir: RunDir,
+    out: Annotated[Path, typer.Option("--out", help="File to write: .parquet or .jsonl.")],
+) -> None:
+    """Write the pairs a run learned from as a preference data set (prompt, chosen, rejected)."""
+    from pipeline.export import export_pairs
+
+    count = export_pairs(run_dir, out)
+    typer.echo(f"{count} pairs written to {out}")
+
+
+@app.command(epilog="Example: `freshpairs fetch stories15m`")
+def fetch(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="stories15m, smollm2-135m-instruct")],
+) -> None:
+    """Download a small model, check it, and keep it in the cache in Hugging Face format."""
+    from workers.models.fetch import fetch_model
+
+    typer.echo(str(fetch_model(model, say=typer.echo)))
+
+
+@app.command(epilog="Example: `freshpairs doctor`")
+def doctor() -> None:
+    """Say what this machine can run, and what is missing."""
+    from pipeline.doctor import examine
+
+    for line in examine():
+        typer.echo(line)
+
+
+def _one_process_environment(address: str) -> None:
+    """An inline run computes here: torch must find its thread settings before it is imported."""
+    from workers.threads import thread_environment
+
+    if address == "inline":
+        for name, value in thread_environment(len(os.sched_getaffinity(0))).items():
+            os.environ.setdefault(name, value)
+
+
+def _show(result: RunResult) -> None:
+    from pipeline.report import final_table
+
+    Console().print(final_table(result.evaluations, result.samples, result.run_dir))
+
+
+def main() -> None:
+    """Run a command. Exit 0 on success, 2 on a user's mistake, 3 when stopped on purpose, 1 else."""
+    from pipeline.stopping import Stopped
+
+    try:
+        sys.exit(app(standalone_mode=False) or 0)
+    except UserError as mistake:
+        _complain(str(mistake))
+        sys.exit(EXIT_MISTAKE)
+    except click.ClickException as mistake:
+        _complain(mistake.format_message())
+        sys.exit(EXIT_MISTAKE)
+    except Stopped as stopped:
+        typer.echo(f"{stopped}: go on with `freshpairs resume {stopped.run_dir}`", err=True)
+        sys.exit(EXIT_STOPPED)
+    except (KeyboardInterrupt, click.Abort):
+        typer.echo("interrupted: `freshpairs resume RUN_DIR` goes on from its checkpoint", err=True)
+        sys.exit(EXIT_STOPPED)
+    except (JudgeFailed, SyncError, FloatingPointError) as failure:
+        _complain(f"the run failed: {failure}")
+        sys.exit(EXIT_FAILURE)
+
+
+def _complain(message: str) -> None:
+    Console(stderr=True).print(message, style="red", markup=False, highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,324 @@
+"""The config of a run: every key, its default and its meaning, checked before anything starts.
+
+Each section stands beside what it configures; this file joins them and reads YAML. It loads none
+of torch, ray, vllm.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from judges.errors import UserError
+from judges.plugins import is_plugin, resolve_plugin_path
+from pipeline.pairing import PairingOptions
+from pipeline.prompts import PromptOptions
+from pipeline.resampling import ResamplingOptions
+from pipeline.tracking import TrackingOptions
+from workers.generator import GeneratorOptions, SamplingOptions
+from workers.judge_worker import JudgeOptions
+from workers.learner.options import LearnerOptions, ObjectiveOptions, ReferenceOptions
+from workers.options import PolicyOptions
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RunOptions(_Section):
+    """What this run is called, how long it is, and the seed all its randomness derives from."""
+
+    name: str = Field(default="run", min_length=1, description="Name of the run")
+    dir: str | None = Field(default=None, description="Run directory; null = runs/NAME")
+    seed: int = Field(default=0, description="Seed that every other seed is derived from")
+    updates: int = Field(default=100, ge=1, description="Optimizer steps")
+
+
+class EvaluationPrompts(PromptOptions):
+    """Held-out prompts; null path and mixture = the training prompts' own held-out split."""
+
+    split: str = Field(default="heldout", description="Split of the prompts to evaluate on")
+
+
+class EvaluationOptions(_Section):
+    """How often the policy is compared with the starting model on held-out prompts."""
+
+    every: int | None = Field(
+        default=None, ge=1, description="Updates between evaluations; null = only at the end"
+    )
+    prompts: EvaluationPrompts | None = Field(
+        default=None, description="Held-out prompts; null = no evaluation"
+    )
+    count: int = Field(default=128, ge=2, description="Prompts to evaluate on, from the first")
+    judges: list[str] = Field(
+        default_factory=list,
+        description="Judges besides the training judge: built-in names or plug-ins",
+    )
+
+
+class DriftOptions(_Section):
+    """Thresholds by measure that warn, resample or stop: not built yet."""
+
+    warn: dict[str, float] = Field(default_factory=dict, max_length=0, description="Not built yet")
+    resample: dict[str, float] = Field(
+        default_factory=dict, max_length=0, description="Not built yet"
+    )
+    stop: dict[str, float] = Field(default_factory=dict, max_length=0, description="Not built yet")
+
+
+class CheckpointOptions(_Section):
+    """What a killed run goes on from."""
+
+    every: int = Field(default=8, ge=1, description="Updates between checkpoints")
+    keep: int = Field(default=2, ge=1, description="Checkpoints kept, the newest")
+
+
+class ClusterOptions(_Section):
+    """Where the workers run."""
+
+    address: Literal["local", "inline"] = Field(
+        default="local", description="local = Ray on this machine; inline = one process, no Ray"
+    )
+
+
+class Config(_Section):
+    """A whole run."""
+
+    run: RunOptions = Field(default_factory=RunOptions)
+    policy: PolicyOptions = Field(default_factory=PolicyOptions)
+    reference: ReferenceOptions = Field(default_factory=ReferenceOptions)
+    prompts: PromptOptions
+    sampling: SamplingOptions = Field(default_factory=SamplingOptions)
+    resampling: ResamplingOptions = Field(default_factory=ResamplingOptions)
+    generator: GeneratorOptions = Field(default_factory=GeneratorOptions)
+    judge: JudgeOptions = Field(default_factory=JudgeOptions)
+    pairing: PairingOptions = Field(default_factory=PairingOptions)
+    objective: ObjectiveOptions = Field(default_factory=ObjectiveOptions)
+    learner: LearnerOptions = Field(default_factory=LearnerOptions)
+    evaluation: EvaluationOptions = Field(default_factory=EvaluationOptions)
+    drift: DriftOptions = Field(default_factory=DriftOptions)
+    checkpoint: CheckpointOptions = Field(default_factory=CheckpointOptions)
+    tracking: TrackingOptions = Field(default_factory=TrackingOptions)
+    cluster: ClusterOptions = Field(default_factory=ClusterOptions)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Config:
+        n = self.sampling.completions_per_prompt
+        if n < 2:
+            raise UserError(f"sampling.completions_per_prompt={n}: a pair needs at least 2")
+        if self.resampling.passes > self.run.updates:
+            raise UserError(
+                f"resampling.passes={self.resampling.passes}: more than run.updates="
+                f"{self.run.updates}; a round cannot be passed over that often"
+            )
+        return self
+
+    @property
+    def run_dir(self) -> Path:
+        """The run directory, as given or runs/NAME."""
+        return Path(self.run.dir or Path("runs") / self.run.name)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML config and apply ``key.path=value`` overrides (values are YAML).
+
+    Plug-in files and prompt files are found beside the config or in the working directory and
+    become absolute. Raises UserError: one line for each mistake.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such config file{_nearest_file(path)}")
+    try:
+        raw = yaml.load(path.read_text(), Loader=_Loader)  # noqa: S506 (a SafeLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML: {_one_line(error)}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: a config is a mapping of sections (run:, policy:, …)")
+    raw.pop("environment", None)
+    apply_overrides(raw, overrides)
+    return parse_config(raw, base=path.parent, where=str(path))
+
+
+def parse_config(raw: Mapping[str, Any], base: Path, where: str = "config") -> Config:
+    """Validate a config given as a mapping; relative files are looked up in ``base`` first."""
+    try:
+        config = Config.model_validate(raw)
+    except ValidationError as error:
+        lines = [_explain(detail) for detail in error.errors()]
+        raise UserError("\n".join(f"{where}: {line}" for line in lines)) from None
+    return _absolute(config, base)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's numbers: ``2e-5`` is a number, not a string."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Set each ``key.path=value`` (YAML) in a config's mapping. Raises UserError for another form."""
+    for override in overrides:
+        _override(raw, override)
+
+
+def _override(raw: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"{override}: an override has the form key.path=value")
+    try:
+        value = yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{override}: not valid YAML: {_one_line(error)}") from None
+    *sections, last = key.split(".")
+    place = raw
+    for section in sections:
+        inner = place.setdefault(section, {})
+        if inner is None:
+            inner = place[section] = {}
+        if not isinstance(inner, dict):
+            raise UserError(f"{override}: {section} is a value, not a section")
+        place = inner
+    place[last] = value
+
+
+def _explain(detail: ErrorDetails) -> str:
+    """One line: the dotted key, its value, what is wrong and the remedy."""
+    location = [str(part) for part in detail["loc"]]
+    key = ".".join(_visible(location))
+    match detail["type"]:
+        case "extra_forbidden":
+            siblings = _fields(location[:-1])
+            near = difflib.get_close_matches(location[-1], siblings, n=1, cutoff=0.4)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(siblings)}"
+            return f"{key}: unknown key; {hint}"
+        case "missing":
+            return f"{key}: missing; every config needs it"
+        case "value_error":
+            message = str(detail["ctx"]["error"])
+            return message if not key or message.startswith(key) else f"{key}={_shown(detail)}: {message}"
+        case _:
+            return f"{key}={_shown(detail)}: {detail['msg'].lower()}"
+
+
+def _shown(detail: ErrorDetails) -> str:
+    text = str(detail["input"])
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def _visible(location: Iterable[str]) -> list[str]:
+    """Drop pydantic's own steps (union branches and the like) from a location."""
+    steps = list(location)
+    while len(steps) > 1 and steps[-1] not in _fields(steps[:-1]) and _fields(steps[:-1]) == []:
+        steps.pop()
+    return steps
+
+
+def _fields(location: Sequence[str]) -> list[str]:
+    """Names of the keys at this place of the config; [] where it is not a section."""
+    model: type[BaseModel] | None = Config
+    for step in location:
+        if model is None or step not in model.model_fields:
+            return []
+        model = _section_of(model.model_fields[step].annotation)
+    return list(model.model_fields) if model is not None else []
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None
+
+
+def _absolute(config: Config, base: Path) -> Config:
+    """The config with its files made absolute, so that it means the same from anywhere."""
+    plugins = {
+        "judge": {"name": _plugin(config.judge.name, base, "judge.name")},
+        "pairing": {"strategy": _plugin(config.pairing.strategy, base, "pairing.strategy")},
+        "objective": {"name": _plugin(config.objective.name, base, "objective.name")},
+        "evaluation": {
+            "judges": [_plugin(j, base, "evaluation.judges") for j in config.evaluation.judges],
+        },
+        "prompts": _prompt_files(config.prompts, base),
+        "policy": {"model": _model_directory(config.policy.model, base)},
+        "run": {"dir": str(config.run_dir.absolute())},
+    }
+    updated = {
+        section: getattr(config, section).model_copy(update=update)
+        for section, update in plugins.items()
+    }
+    held_out = config.evaluation.prompts
+    if held_out is not None:
+        absolute = held_out.model_copy(update=_prompt_files(held_out, base))
+        updated["evaluation"] = updated["evaluation"].model_copy(update={"prompts": absolute})
+    return config.model_copy(update=updated)
+
+
+def _plugin(name: str, base: Path, key: str) -> str:
+    return resolve_plugin_path(name, base, key=key) if is_plugin(name) else name
+
+
+def _prompt_files(prompts: PromptOptions, base: Path) -> dict[str, Any]:
+    mixture = [s.model_copy(update={"path": _data_path(s.path, base)}) for s in prompts.mixture]
+    return {"path": _data_path(prompts.path, base), "mixture": mixture}
+
+
+def _data_path(path: str | None, base: Path) -> str | None:
+    """Absolute if it exists in the working directory, beside the config, or in our checkout."""
+    if path is None:
+        return None
+    checkout = Path(__file__).resolve().parent.parent
+    for root in (Path.cwd(), base, checkout):
+        if (root / path).exists():
+            return str((root / path).absolute())
+    return path
+
+
+def _model_directory(model: str, base: Path) -> str:
+    for root in (Path.cwd(), base):
+        if (root / model).is_dir() and os.sep in model:
+            return str((root / model).absolute())
+    return model
+
+
+def _nearest_file(path: Path) -> str:
+    if not path.parent.is_dir():
+        return ""
+    names = [p.name for p in path.parent.iterdir() if p.suffix in (".yaml", ".yml")]
+    near = difflib.get_close_matches(path.name, names, n=1)
+    return f"; did you mean {path.parent / near[0]}?" if near else ""
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def threads_of(config: Config, cores: int) -> tuple[int, int]:
+    """CPU threads of each generator and of the learner.
+
+    ``auto``: a synchronous run (rounds_in_flight 0) lets them take turns with all cores; an
+    overlapping one halves the cores between generation and learning.
+    """
+    overlap = config.resampling.rounds_in_flight > 0
+    half = max(1, cores // 2)
+    for_generators = half if overlap else cores
+    generator = config.generator.threads
+    learner = config.learner.threads
+    return (
+        max(1, for_generators // config.generator.replicas) if generator == "auto" else generator,
+        (max(1, cores - half) if overlap else cores) if learner == "auto" else learner,
+    )
+

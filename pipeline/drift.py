@@ -1,0 +1,170 @@
+"""Drift: how far the policy has left its reference and its data.
+
+Every measure comes from log-probabilities the round already carries, so watching costs nothing.
+They are taken at temperature 1. Where a round was sampled at another temperature, or with top-p or
+top-k, the samples are not the policy's own: entropy and KL are then averages over what was sampled,
+no longer unbiased estimates of the policy's, though still comparable from round to round.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from workers.messages import Completion, DoubleArray, Fate, Round
+
+CENTRAL_PERCENTILES = (1.0, 99.0)
+"""Between these the reference's own samples are at home."""
+
+DROPPED = tuple(fate for fate in Fate if fate is not Fate.LEARN)
+NGRAM = 4
+
+
+class Drift:
+    """Measures rounds, and remembers where the reference's own samples lie.
+
+    The band is the central 98 % of mean per-token reference log-probability (nats a token) over
+    the completions of round 0, whose policy is the reference: the first round seen with version 0.
+    """
+
+    def __init__(self) -> None:
+        self._band: tuple[float, float] | None = None
+
+    def of(self, round_: Round) -> dict[str, Any]:
+        """The measures of a round: float, int, None where undefined; ``dropped`` is by reason.
+
+        ``off_reference_share`` is the share of completions outside the band, on either side: what
+        the reference would hardly say, and what it would say but never so predictably. None where
+        the round has no reference log-probabilities or no band was ever taken.
+        """
+        completions = round_.completions
+        if self._band is None and round_.version == 0:
+            self._band = _central_band(completions)
+        scores = np.array([s for group in round_.groups for s in group.judgement.scores])
+        valid_scores = scores[np.isfinite(scores)]
+        fates = Counter(pair.fate for pair in round_.pairs)
+        return {
+            "prompts": len(round_.groups),
+            "completions": len(completions),
+            "pairs": fates[Fate.LEARN],
+            "dropped": {fate.value: fates[fate] for fate in DROPPED},
+            "score_mean": float(valid_scores.mean()) if valid_scores.size else None,
+            "score_std": float(valid_scores.std()) if valid_scores.size else None,
+            "kl_to_reference": kl_to_reference(completions),
+            "kl_per_token": kl_per_token(completions),
+            "entropy": entropy(completions),
+            "length_mean": length_mean(completions),
+            "eos_rate": eos_rate(completions),
+            "off_reference_share": self._off_reference_share(completions),
+            "repetition_rate": repetition_rate(completions),
+        }
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps, as JSON."""
+        return {"band": None if self._band is None else list(self._band)}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take up what ``state`` gave."""
+        band = state["band"]
+        self._band = None if band is None else (float(band[0]), float(band[1]))
+
+    def _off_reference_share(self, completions: Sequence[Completion]) -> float | None:
+        means = _mean_reference_logprobs(completions)
+        if self._band is None or means is None or not means.size:
+            return None
+        low, high = self._band
+        return float(np.mean((means < low) | (means > high)))
+
+
+def kl_to_reference(completions: Sequence[Completion]) -> float | None:
+    """KL(π_θ ‖ π_ref) in nats a sequence: the mean of Σ_t (logprobs − reference_logprobs).
+
+    Unbiased for samples of the policy at temperature 1, so it may come out below zero. None
+    without completions or where the reference has not scored them all.
+    """
+    log_ratios = _log_ratios(completions)
+    return float(log_ratios.mean()) if log_ratios is not None and log_ratios.size else None
+
+
+def kl_per_token(completions: Sequence[Completion]) -> float | None:
+    """Nats a token: Σ (logprobs − reference_logprobs) over all tokens / number of tokens."""
+    log_ratios = _log_ratios(completions)
+    tokens = _token_count(completions)
+    return float(log_ratios.sum()) / tokens if log_ratios is not None and tokens else None
+
+
+def entropy(completions: Sequence[Completion]) -> float | None:
+    """Nats a token: the mean over all tokens of −logprobs.
+
+    For samples at temperature 1 the expectation of −logprobs given the tokens before it is the
+    entropy of that next-token distribution, so this estimates, without bias at each position, the
+    policy's entropy at temperature 1 where its own samples take it.
+    """
+    tokens = _token_count(completions)
+    if not tokens:
+        return None
+    return -sum(float(c.logprobs.sum(dtype=np.float64)) for c in completions) / tokens
+
+
+def length_mean(completions: Sequence[Completion]) -> float | None:
+    """Tokens a completion, a sampled EOS among them."""
+    return _token_count(completions) / len(completions) if completions else None
+
+
+def eos_rate(completions: Sequence[Completion]) -> float | None:
+    """Share of completions that ended by themselves."""
+    return sum(c.finished for c in completions) / len(completions) if completions else None
+
+
+def repetition_rate(completions: Sequence[Completion]) -> float | None:
+    """Mean over completions of 1 − distinct / total 4-grams of token ids.
+
+    0 for a completion of fewer than five tokens: a single 4-gram repeats nothing.
+    """
+    if not completions:
+        return None
+    return sum(_repetition(c.ids.tolist()) for c in completions) / len(completions)
+
+
+def _repetition(ids: list[int]) -> float:
+    total = len(ids) - NGRAM + 1
+    if total < 2:
+        return 0.0
+    distinct = len(set(zip(*(ids[start : start + total] for start in range(NGRAM)), strict=True)))
+    return 1.0 - distinct / total
+
+
+def _token_count(completions: Sequence[Completion]) -> int:
+    return sum(len(c.ids) for c in completions)
+
+
+def _log_ratios(completions: Sequence[Completion]) -> DoubleArray | None:
+    """[N] Σ_t (logprobs − reference_logprobs) of each completion."""
+    sums = []
+    for c in completions:
+        if c.reference_logprobs is None:
+            return None
+        sums.append(np.subtract(c.logprobs, c.reference_logprobs, dtype=np.float64).sum())
+    return np.array(sums, dtype=np.float64)
+
+
+def _mean_reference_logprobs(completions: Sequence[Completion]) -> DoubleArray | None:
+    """[N] mean per-token reference log-probability; a completion of no tokens has none."""
+    means = []
+    for c in completions:
+        if c.reference_logprobs is None:
+            return None
+        if c.reference_logprobs.size:
+            means.append(c.reference_logprobs.mean(dtype=np.float64))
+    return np.array(means, dtype=np.float64)
+
+
+def _central_band(completions: Sequence[Completion]) -> tuple[float, float] | None:
+    means = _mean_reference_logprobs(completions)
+    if means is None or not means.size:
+        return None
+    low, high = np.percentile(means, CENTRAL_PERCENTILES)
+    return float(low), float(high)

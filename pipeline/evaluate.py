@@ -1,0 +1,187 @@
+"""Is the policy better than the model it started from? Held-out prompts, every judge, in pairs."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from judges.interface import text_of
+from pipeline.comparison import Comparison, compare_probabilities, compare_scores
+from pipeline.drift import kl_to_reference, length_mean, repetition_rate
+from pipeline.handles import Future, Handle
+from pipeline.learner import RemoteLearner
+from pipeline.report import Sample
+from pipeline.sync import WeightSync
+from workers.generator import SampledUnit, SampleRequest
+from workers.judge_worker import JudgedUnit
+from workers.messages import BatchCompletion, Completion, Judgement, Prompt, UpdateBatch
+
+
+class Evaluator:
+    """Compares the policy with the starting model on the same held-out prompts and seeds.
+
+    Every evaluation is kept as ``evaluations/update-000008.parquet``; that of update 0 is the
+    starting model's and the baseline of all others.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        generators: Sequence[Handle],
+        judge: Handle,
+        judges: Sequence[str],
+        directory: Path,
+        *,
+        every: int | None,
+        updates: int,
+        prompts_per_unit: int,
+        run_seed: int,
+    ) -> None:
+        self._prompts = tuple(prompts)
+        self._generators = generators
+        self._judge = judge
+        self._judges = judges
+        self._directory = directory
+        self._every = every
+        self._updates = updates
+        self._prompts_per_unit = prompts_per_unit
+        self._run_seed = run_seed
+        self._baseline: list[Completion] = []
+
+    def due(self, update: int) -> bool:
+        """Whether to evaluate after this update: every so often, and at the end of the run."""
+        if not self._prompts:
+            return False
+        return update == self._updates or (self._every is not None and update % self._every == 0)
+
+    def baseline(self, learner: RemoteLearner, sync: WeightSync) -> None:
+        """The starting model's completions: sampled at version 0, read back by a resumed run."""
+        if not self._prompts:
+            return
+        path = self._path(0)
+        if not path.exists():
+            self._write(path, self._sample(learner, sync), {})
+        self._baseline = read_completions(path)
+
+    def evaluate(self, learner: RemoteLearner, sync: WeightSync) -> list[dict[str, Any]]:
+        """One evaluation record for each judge; the generators hold the learner's version."""
+        sampled = self._sample(learner, sync)
+        batch = UpdateBatch(
+            tuple(
+                BatchCompletion(prompt.ids, completion)
+                for prompt, completion in zip(self._prompts, sampled, strict=True)
+            ),
+            (),
+        )
+        (reference,) = learner.score_reference([batch])
+        scored = [
+            replace(c, reference_logprobs=r) for c, r in zip(sampled, reference, strict=True)
+        ]
+        measures = {
+            "kl_to_reference": kl_to_reference(scored),
+            "length_mean": length_mean(scored),
+            "length_mean_baseline": length_mean(self._baseline),
+            "repetition_rate": repetition_rate(scored),
+            "repetition_rate_baseline": repetition_rate(self._baseline),
+        }
+        judgements = {judge: self._judgements(judge, scored) for judge in self._judges}
+        self._write(self._path(learner.version), scored, judgements)
+        return [
+            {"judge": judge, **asdict(self._compare(found)), **measures}
+            for judge, found in judgements.items()
+        ]
+
+    def _sample(self, learner: RemoteLearner, sync: WeightSync) -> list[Completion]:
+        units: list[Future[SampledUnit]] = []
+        for first in range(0, len(self._prompts), self._prompts_per_unit):
+            part = self._prompts[first : first + self._prompts_per_unit]
+            generator = self._generators[len(units) % len(self._generators)]
+            request = SampleRequest(part, 1, self._run_seed, "evaluation")
+            units.append(generator.submit("sample", request))
+        sampled = [group[0] for unit in units for group in unit.result().completions]
+        sync.prove(learner.version)
+        return sampled
+
+    def _judgements(self, judge: str, sampled: Sequence[Completion]) -> list[Judgement]:
+        both = tuple(zip(sampled, self._baseline, strict=True))
+        unit = SampledUnit(both, 0.0)
+        judged: JudgedUnit = self._judge.submit("judge", judge, self._prompts, unit).result()
+        return list(judged.judgements)
+
+    def _compare(self, judgements: Sequence[Judgement]) -> Comparison:
+        first = judgements[0]
+        if first.wins is not None:
+            return compare_probabilities(
+                [float(j.wins[0, 1]) for j in judgements if j.wins is not None], self._run_seed
+            )
+        scores = np.array([j.scores for j in judgements])
+        return compare_scores(scores[:, 0].tolist(), scores[:, 1].tolist(), self._run_seed)
+
+    def samples(self, update: int, count: int) -> list[Sample]:
+        """Some held-out prompts as the starting model and the policy of ``update`` went on."""
+        if not self._prompts:
+            return []
+        return read_samples(self._path(0), self._path(update), count)
+
+    def _path(self, update: int) -> Path:
+        return self._directory / f"update-{update:06d}.parquet"
+
+    def _write(
+        self,
+        path: Path,
+        completions: Sequence[Completion],
+        judgements: dict[str, list[Judgement]],
+    ) -> None:
+        columns: dict[str, list[Any]] = {
+            "position": [c.position for c in completions],
+            "seed": [c.seed for c in completions],
+            "prompt": [text_of(p.content) for p in self._prompts],
+            "completion": [c.text for c in completions],
+            "ids": [c.ids.tolist() for c in completions],
+            "logprobs": [c.logprobs.tolist() for c in completions],
+            "finished": [c.finished for c in completions],
+            "version": [c.version for c in completions],
+        }
+        for judge, found in judgements.items():
+            columns[f"score.{judge}"] = [float(j.scores[0]) for j in found]
+            columns[f"score_baseline.{judge}"] = [float(j.scores[1]) for j in found]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        pq.write_table(pa.table(columns), partial)
+        os.replace(partial, path)
+
+
+def read_samples(before: Path, after: Path, count: int) -> list[Sample]:
+    """The first prompts of two kept evaluations, as each completed them."""
+    rows = zip(pq.read_table(before).to_pylist(), pq.read_table(after).to_pylist(), strict=True)
+    return [
+        Sample(prompt=old["prompt"], before=old["completion"], after=new["completion"])
+        for old, new in itertools.islice(rows, count)
+    ]
+
+
+def read_completions(path: Path) -> list[Completion]:
+    """The completions of a kept evaluation, one a held-out prompt."""
+    rows = pq.read_table(path).to_pylist()
+    return [
+        Completion(
+            position=row["position"],
+            sample=0,
+            seed=row["seed"],
+            version=row["version"],
+            ids=np.array(row["ids"], np.int64),
+            logprobs=np.array(row["logprobs"], np.float32),
+            sampling_logprobs=None,
+            finished=row["finished"],
+            text=row["completion"],
+        )
+        for row in rows
+    ]

@@ -1,0 +1,108 @@
+"""A run's learned pairs as a preference set that other trainers read."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from judges.errors import UserError
+from judges.interface import Text
+from pipeline.ledger import Ledger
+from workers.messages import Fate, Round
+
+MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+
+
+def export_pairs(run_dir: Path, out: Path) -> int:
+    """Write every learned pair of the run's ledger to ``out`` (.parquet or .jsonl); how many.
+
+    Columns: prompt, chosen, rejected (text; for chat the messages and one assistant message each,
+    TRL's conversational form), prompt_ids, chosen_ids, rejected_ids (the tokens as sampled),
+    label_prob (P(chosen is better)), round, version, position. Where a run mixes text and chat,
+    text becomes a user message: a set has one form.
+    Raises UserError for another suffix, an existing file and a run without learned pairs.
+    """
+    if out.suffix not in (".parquet", ".jsonl"):
+        raise UserError(f"--out {out}: ends in neither .parquet nor .jsonl; choose one")
+    if out.exists():
+        raise UserError(f"--out {out}: exists already and is not overwritten; choose another name")
+    if not out.parent.is_dir():
+        raise UserError(f"--out {out}: no such directory {out.parent}; make it first")
+    ledger = Ledger(run_dir / "ledger")
+    if not len(ledger):
+        raise UserError(f"{run_dir}: no ledger with a round in it; give a run's directory")
+    rows = [row for round_ in ledger for row in _learned(round_)]
+    if not rows:
+        raise UserError(
+            f"{run_dir}: no pair was learned from in {len(ledger)} rounds; see `dropped` in "
+            f"{run_dir / 'metrics.jsonl'} for the reasons"
+        )
+    chat = any(not isinstance(row["prompt"], str) for row in rows)
+    if chat:
+        rows = [_conversational(row) for row in rows]
+    temporary = out.with_name(out.name + ".tmp")
+    with temporary.open("wb") as file:
+        if out.suffix == ".parquet":
+            pq.write_table(pa.Table.from_pylist(rows, schema=_schema(chat)), file)
+        else:
+            file.writelines(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(out)
+    return len(rows)
+
+
+def _learned(round_: Round) -> Iterator[dict[str, Any]]:
+    for group in round_.groups:
+        by_sample = {completion.sample: completion for completion in group.completions}
+        for pair in group.pairs:
+            if pair.fate is not Fate.LEARN:
+                continue
+            chosen, rejected = by_sample[pair.chosen], by_sample[pair.rejected]
+            yield {
+                "prompt": group.prompt.content,
+                "chosen": chosen.text,
+                "rejected": rejected.text,
+                "prompt_ids": group.prompt.ids.tolist(),
+                "chosen_ids": chosen.ids.tolist(),
+                "rejected_ids": rejected.ids.tolist(),
+                "label_prob": pair.label_prob,
+                "round": round_.index,
+                "version": round_.version,
+                "position": pair.position,
+            }
+
+
+def _conversational(row: dict[str, Any]) -> dict[str, Any]:
+    prompt: Text = row["prompt"]
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return row | {
+        "prompt": [{"role": m["role"], "content": m["content"]} for m in messages],
+        "chosen": [{"role": "assistant", "content": row["chosen"]}],
+        "rejected": [{"role": "assistant", "content": row["rejected"]}],
+    }
+
+
+def _schema(chat: bool) -> pa.Schema:
+    content = MESSAGES if chat else pa.string()
+    ids = pa.list_(pa.int64())
+    return pa.schema(
+        {
+            "prompt": content,
+            "chosen": content,
+            "rejected": content,
+            "prompt_ids": ids,
+            "chosen_ids": ids,
+            "rejected_ids": ids,
+            "label_prob": pa.float64(),
+            "round": pa.int64(),
+            "version": pa.int64(),
+            "position": pa.int64(),
+        }
+    )

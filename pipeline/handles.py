@@ -1,0 +1,23 @@
+"""How the loop reaches a worker, wherever it runs: a method's name, its arguments, a future."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, TypeVar
+
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Future(Protocol[T_co]):
+    """A result on its way."""
+
+    def result(self) -> T_co:
+        """Wait for it; an error of the worker is raised here."""
+        ...
+
+
+class Handle(Protocol):
+    """One worker. Calls run in the order in which they were submitted."""
+
+    def submit(self, method: str, *args: object) -> Future[Any]:
+        """Call a method; futures among the arguments are passed on without passing through here."""
+        ...

@@ -1,0 +1,288 @@
+"""A whole run, from a config to a finished run directory: what the commands and Python call."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from judges.build import build_judge
+from judges.errors import UserError
+from judges.plugins import is_plugin, load_plugin
+from pipeline import loop
+from pipeline.checkpoint import Checkpoints, Cursor
+from pipeline.config import Config, threads_of
+from pipeline.drift import Drift
+from pipeline.evaluate import Evaluator
+from pipeline.launch.crew import Crew, CrewPlan, judges_of, plan_crew
+from pipeline.learner import RemoteLearner
+from pipeline.ledger import Ledger
+from pipeline.model_card import write_policy
+from pipeline.pairing import Pairing
+from pipeline.progress import Progress
+from pipeline.prompts import PromptEncoder, PromptStream
+from pipeline.report import Sample
+from pipeline.rollout import Rollout
+from pipeline.run_directory import create_run_directory, read_run_config, refuse_existing_run
+from pipeline.stopping import Stop
+from pipeline.sync import PROBE_PROMPT_TOKENS, WeightSync
+from pipeline.tracking import Tracker, metrics
+from workers.messages import IntArray, Prompt
+from workers.models.resolve import resolve_model
+
+
+SAMPLES_SHOWN = 3
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """A finished run: its directory, the last evaluation's record of each judge, some samples."""
+
+    run_dir: Path
+    evaluations: list[dict[str, Any]]
+    samples: list[Sample]
+
+
+@dataclass(frozen=True, slots=True)
+class _Inputs:
+    """What a run reads, checked before anything is started or written."""
+
+    tokenizer: Any
+    prompts: PromptStream
+    held_out: list[Prompt]
+    context: int
+
+
+def run(cfg: Config, *, quiet: bool = False) -> RunResult:
+    """Start a new run and see it through.
+
+    Raises UserError for the user's mistakes before anything is written, Stopped when it was asked
+    to stop (``resume`` goes on from there).
+    """
+    refuse_existing_run(cfg.run_dir)
+    inputs = _check_inputs(cfg)
+    generator, learner = threads_of(cfg, cores())
+    return _run(cfg, inputs, {"generator": generator, "learner": learner}, True, quiet)
+
+
+def resume(run_dir: str | Path, *, quiet: bool = False) -> RunResult:
+    """Go on with a run that stopped or was killed: same losses and weights as uninterrupted.
+
+    Rounds that reached the ledger are reused; metrics are cut back to the checkpoint.
+    """
+    cfg, recorded = read_run_config(Path(run_dir))
+    if (cfg.run_dir / "policy").is_dir():
+        raise UserError(f"{run_dir}: this run is finished; its policy is in {run_dir}/policy")
+    return _run(cfg, _check_inputs(cfg), recorded["threads"], False, quiet)
+
+
+def evaluate(cfg: Config) -> RunResult:
+    """Compare a finished run's policy with its starting model on fresh held-out samples.
+
+    Raises UserError if the run has no policy yet or its config no held-out prompts.
+    """
+    policy = cfg.run_dir / "policy"
+    if not policy.is_dir():
+        raise UserError(f"{cfg.run_dir}: no policy yet; `freshpairs resume {cfg.run_dir}` first")
+    if cfg.evaluation.prompts is None:
+        raise UserError("evaluation.prompts=null: name the held-out prompts to evaluate on")
+    inputs = _check_inputs(cfg)
+    generator, learner_threads = threads_of(cfg, cores())
+    with start_crew(cfg, plan_crew(cfg, generator, learner_threads)) as crew:
+        learner = RemoteLearner(crew.learner)
+        sync = WeightSync(crew.generators, _probe_ids(inputs))
+        directory = cfg.run_dir / "evaluations" / f"{datetime.now():%Y%m%d-%H%M%S}"
+        evaluator = evaluator_of(cfg, crew, inputs.held_out, directory)
+        sync.push(learner)
+        evaluator.baseline(learner, sync)
+        learner.adopt(cfg.policy.model_copy(update={"model": str(policy)}), cfg.run.updates)
+        sync.push(learner)
+        records = evaluator.evaluate(learner, sync)
+    return RunResult(cfg.run_dir, records, evaluator.samples(cfg.run.updates, SAMPLES_SHOWN))
+
+
+def cores() -> int:
+    """CPU cores this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def _run(
+    cfg: Config, inputs: _Inputs, threads: dict[str, int], new: bool, quiet: bool
+) -> RunResult:
+    plan = plan_crew(cfg, threads["generator"], threads["learner"])
+    with ExitStack() as stack:
+        progress = stack.enter_context(_progress(cfg, quiet))
+        progress.say(f"starting {len(plan.workers)} workers ({cfg.cluster.address}) …")
+        crew = stack.enter_context(start_crew(cfg, plan))
+        if new:
+            create_run_directory(cfg, threads)
+        learner = RemoteLearner(crew.learner)
+        for note in learner.notes():
+            progress.say(note)
+
+        drift = Drift()
+        tracker = Tracker(cfg.run_dir, cfg.tracking, [progress])
+        stack.callback(tracker.close)
+        checkpoints = checkpoints_of(cfg)
+        cursor = checkpoints.restore(learner)
+        _go_back(cursor, drift, tracker)
+        if cursor.update:
+            progress.say(f"resumed after update {cursor.update}")
+        evaluator = evaluator_of(cfg, crew, inputs.held_out, cfg.run_dir / "evaluations")
+        stop = stack.enter_context(Stop(cfg.run_dir))
+        loop.run(
+            cfg,
+            rollout=_rollout(cfg, crew, inputs.prompts),
+            learner=learner,
+            sync=WeightSync(crew.generators, _probe_ids(inputs)),
+            ledger=Ledger(cfg.run_dir / "ledger"),
+            drift=drift,
+            tracker=tracker,
+            checkpoints=checkpoints,
+            evaluator=evaluator,
+            stop=stop,
+            cursor=cursor,
+        )
+        write_policy(cfg, learner, inputs.tokenizer)
+    samples = evaluator.samples(cfg.run.updates, SAMPLES_SHOWN)
+    return RunResult(cfg.run_dir, last_evaluations(cfg.run_dir), samples)
+
+
+def checkpoints_of(cfg: Config) -> Checkpoints:
+    """The run's checkpoints."""
+    return Checkpoints(cfg.run_dir / "checkpoints", cfg.checkpoint.every, cfg.checkpoint.keep)
+
+
+def _go_back(cursor: Cursor, drift: Drift, tracker: Tracker) -> None:
+    tracker.cut(cursor.metrics_bytes)
+    if cursor.drift is not None:
+        drift.load(cursor.drift)
+
+
+def last_evaluations(run_dir: Path) -> list[dict[str, Any]]:
+    """The newest evaluation record of each judge."""
+    found = [record for record in metrics(run_dir) if record["kind"] == "evaluation"]
+    return list({record["judge"]: record for record in found}.values())
+
+
+def start_crew(cfg: Config, plan: CrewPlan) -> AbstractContextManager[Crew]:
+    """The workers, as ``cluster.address`` asks."""
+    if cfg.cluster.address == "inline":
+        from pipeline.launch.inline import inline_crew
+
+        return inline_crew(plan)
+    from pipeline.launch.ray import ray_crew
+
+    return ray_crew(plan)
+
+
+def _progress(cfg: Config, quiet: bool) -> Progress:
+    return Progress(
+        name=cfg.run.name,
+        model=cfg.policy.model,
+        objective=cfg.objective.name,
+        judge=cfg.judge.name,
+        run_dir=cfg.run_dir,
+        updates=cfg.run.updates,
+        done=checkpoints_of(cfg).latest_update(),
+        console=Console(quiet=True) if quiet else None,
+    )
+
+
+def _pairing(cfg: Config) -> Pairing:
+    return Pairing(
+        cfg.pairing,
+        link=cfg.judge.link,
+        drop_truncated=cfg.sampling.truncated == "drop",
+        run_seed=cfg.run.seed,
+    )
+
+
+def _rollout(cfg: Config, crew: Crew, prompts: PromptStream) -> Rollout:
+    return Rollout(
+        prompts,
+        crew.generators,
+        crew.judge,
+        _pairing(cfg),
+        judge_name=cfg.judge.name,
+        samples=cfg.sampling.completions_per_prompt,
+        prompts_per_unit=cfg.sampling.prompts_per_update,
+        max_invalid_share=cfg.judge.max_invalid_share,
+        run_seed=cfg.run.seed,
+    )
+
+
+def evaluator_of(
+    cfg: Config, crew: Crew, held_out: Sequence[Prompt], directory: Path
+) -> Evaluator:
+    """An evaluator by the run's training judge and the others, that writes to ``directory``."""
+    names = [cfg.judge.name, *(n for n in cfg.evaluation.judges if n != cfg.judge.name)]
+    return Evaluator(
+        held_out,
+        crew.generators,
+        crew.judge,
+        names,
+        directory,
+        every=cfg.evaluation.every,
+        updates=cfg.run.updates,
+        prompts_per_unit=max(64, cfg.sampling.prompts_per_update),
+        run_seed=cfg.run.seed,
+    )
+
+
+def _check_inputs(cfg: Config) -> _Inputs:
+    """Model, prompts and plug-ins, each mistake found before anything is started or written."""
+    tokenizer, context = load_tokenizer(cfg.policy.model)
+    encoder = PromptEncoder(tokenizer, context, cfg.sampling.max_new_tokens)
+    prompts = PromptStream(cfg.prompts, encoder, cfg.run.seed)
+    prompts.check()
+    held_out: list[Prompt] = []
+    if cfg.evaluation.prompts is not None:
+        stream = PromptStream(
+            cfg.evaluation.prompts,
+            encoder,
+            cfg.run.seed,
+            purpose="evaluation",
+            key="evaluation.prompts",
+        )
+        stream.check()
+        held_out = stream.take(0, min(cfg.evaluation.count, len(stream)))
+    for name, options in judges_of(cfg).items():
+        build_judge(name, options.args)
+    if is_plugin(cfg.objective.name):
+        load_plugin(cfg.objective.name, key="objective.name")
+    _pairing(cfg)
+    return _Inputs(tokenizer, prompts, held_out, context)
+
+
+def load_tokenizer(model: str) -> tuple[Any, int]:
+    """The model's tokenizer and context length in tokens.
+
+    Raises UserError for a model that cannot be had or a tokenizer without an end-of-sequence.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    location = resolve_model(model)
+    tokenizer = AutoTokenizer.from_pretrained(location)
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"policy.model={model}: its tokenizer has no end-of-sequence token, so no completion "
+            "could end; set eos_token in its tokenizer_config.json"
+        )
+    return tokenizer, int(AutoConfig.from_pretrained(location).max_position_embeddings)
+
+
+def _probe_ids(inputs: _Inputs) -> IntArray:
+    """A fixed probe prompt: the first prompts of the stream end to end, cut to fit."""
+    length = min(PROBE_PROMPT_TOKENS, inputs.context // 2)
+    ids: list[int] = []
+    while len(ids) < length:
+        ids += [int(i) for prompt in inputs.prompts.take(0, 8) for i in prompt.ids]
+    return np.array(ids[:length], np.int64)

@@ -1,0 +1,116 @@
+"""The workers as Ray actors on this machine. The only file that imports Ray."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from judges.errors import UserError
+from pipeline.handles import Future
+from pipeline.launch.crew import Crew, CrewPlan, WorkerPlan
+from workers.threads import thread_environment
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+
+
+class _Actor:
+    """Hosts one worker and calls its methods by name."""
+
+    def __init__(self, plan: WorkerPlan) -> None:
+        from workers.threads import apply_threads
+
+        apply_threads(plan.threads)
+        self._worker = plan.build()
+
+    def call(self, method: str, *args: Any) -> Any:
+        return getattr(self._worker, method)(*args)
+
+    def ready(self) -> None:
+        """Answered once the worker is built."""
+
+
+@dataclass(frozen=True, slots=True)
+class _RayFuture:
+    reference: Any
+
+    def result(self) -> Any:
+        import ray
+
+        try:
+            return ray.get(self.reference)
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from error
+
+
+class RayHandle:
+    """An actor. Its calls run in the order in which they were submitted."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+
+    def submit(self, method: str, *args: object) -> Future[Any]:
+        """Queue the call; arguments that are futures go from worker to worker."""
+        passed = [arg.reference if isinstance(arg, _RayFuture) else arg for arg in args]
+        return _RayFuture(self._actor.call.remote(method, *passed))
+
+
+@contextmanager
+def ray_crew(plan: CrewPlan) -> Iterator[Crew]:
+    """Start Ray on this machine, the workers in it, and end both.
+
+    Raises UserError before anything is started when the machine has too few cores.
+    """
+    refuse_too_few_cores(plan, len(os.sched_getaffinity(0)))
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    # Ray puts the directory it was started from first on its workers' import path. Ours must be
+    # it: a user's folder may hold a `judges/` too.
+    with contextlib.chdir(CHECKOUT):
+        ray.init(
+            address="local",
+            num_cpus=len(os.sched_getaffinity(0)),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+            configure_logging=False,
+        )
+    try:
+        actors = {worker.name: _start(worker) for worker in plan.workers}
+        for actor in actors.values():
+            _RayFuture(actor.ready.remote()).result()
+        yield Crew(
+            generators=tuple(RayHandle(actors[worker.name]) for worker in plan.generators),
+            judge=RayHandle(actors[plan.judge.name]),
+            learner=RayHandle(actors[plan.learner.name]),
+        )
+    finally:
+        ray.shutdown()
+
+
+def _start(worker: WorkerPlan) -> Any:
+    import ray
+
+    actor = ray.remote(_Actor).options(
+        name=worker.name,
+        num_cpus=worker.cpus,
+        runtime_env={"env_vars": thread_environment(worker.threads)},
+    )
+    return actor.remote(worker)
+
+
+def refuse_too_few_cores(plan: CrewPlan, cores: int) -> None:
+    """Raises UserError when the workers set aside more cores than there are."""
+    wanted = sum(worker.cpus for worker in plan.workers)
+    if wanted > cores:
+        raise UserError(
+            f"generator.replicas={len(plan.generators)}: {len(plan.generators)} generators and the "
+            f"learner need {wanted} cores, this machine has {cores}; lower generator.replicas, or "
+            "run in one process with cluster.address=inline"
+        )

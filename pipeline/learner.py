@@ -1,0 +1,68 @@
+"""The learner as the loop sees it: its calls by name, its version at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.handles import Future, Handle
+from workers.messages import Completion, FloatArray, IntArray, UpdateBatch
+from workers.options import PolicyOptions
+from workers.weight_sync.buckets import Receipt, WeightPush
+
+
+class RemoteLearner:
+    """Typed calls to a ``workers.learner.Learner``, wherever it runs."""
+
+    def __init__(self, handle: Handle) -> None:
+        self._handle = handle
+        self.version = 0
+
+    def notes(self) -> list[str]:
+        """What a user should know of how this model is computed."""
+        notes: list[str] = self._call("notes")
+        return notes
+
+    def score_reference(self, batches: Sequence[UpdateBatch]) -> list[list[FloatArray]]:
+        """Reference log-probabilities of every completion of every batch."""
+        scores: list[list[FloatArray]] = self._call("score_reference", batches)
+        return scores
+
+    def update(self, batch: UpdateBatch) -> dict[str, Any]:
+        """One optimizer step; returns the update record."""
+        record: dict[str, Any] = self._call("update", batch)
+        self.version += 1
+        return record
+
+    def weights(self) -> Future[WeightPush]:
+        """This version's weights, not yet here: generators take the future."""
+        return self._handle.submit("weights")
+
+    def sent(self) -> Future[Receipt]:
+        """What a generator must answer to the last weights."""
+        return self._handle.submit("sent")
+
+    def probe(self, prompt_ids: IntArray, new_tokens: int) -> Future[Completion]:
+        """This version's own greedy continuation of the probe."""
+        return self._handle.submit("probe", prompt_ids, new_tokens)
+
+    def save(self, directory: Path) -> None:
+        """Write a checkpoint of learner, reference and optimizer."""
+        self._call("save", directory)
+
+    def load(self, directory: Path) -> None:
+        """Take up a checkpoint."""
+        self.version = self._call("load", directory)
+
+    def adopt(self, policy: PolicyOptions, version: int) -> None:
+        """Take the weights of another model of the same shape as the policy's."""
+        self._call("adopt", policy, version)
+        self.version = version
+
+    def export(self, directory: Path) -> None:
+        """Write the policy in Hugging Face format."""
+        self._call("export", directory)
+
+    def _call(self, method: str, *args: object) -> Any:
+        return self._handle.submit(method, *args).result()

@@ -1,0 +1,105 @@
+"""The loop: sample, judge, learn, sync. Everything else serves this file."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from pipeline import resampling
+from pipeline.checkpoint import Checkpoints, Cursor
+from pipeline.clock import Clock
+from pipeline.config import Config
+from pipeline.drift import Drift
+from pipeline.evaluate import Evaluator
+from pipeline.learner import RemoteLearner
+from pipeline.ledger import Ledger
+from pipeline.resampling import Dial, RoundPlan
+from pipeline.rollout import PendingRound, Rollout
+from pipeline.stopping import Stop
+from pipeline.sync import WeightSync
+from pipeline.tracking import Tracker
+from workers.messages import Round
+
+
+def run(
+    cfg: Config,
+    rollout: Rollout,
+    learner: RemoteLearner,
+    sync: WeightSync,
+    ledger: Ledger,
+    drift: Drift,
+    tracker: Tracker,
+    checkpoints: Checkpoints,
+    evaluator: Evaluator,
+    stop: Stop,
+    cursor: Cursor,
+) -> None:
+    """Online preference optimisation, from ``cursor`` to update ``cfg.run.updates``.
+
+    ``resampling.rounds_in_flight: 0`` waits for each round; more overlap sampling and judging with
+    learning; ``updates_per_round: .inf`` samples once. Raises Stopped, after a checkpoint, when
+    ``stop`` was requested.
+    """
+    dial = Dial(cfg.resampling, cfg.run.updates, cfg.sampling.prompts_per_update)
+    clock = Clock()
+    in_flight: deque[tuple[RoundPlan, PendingRound | None]] = deque()
+    admitted = cursor.round
+
+    sync.push(learner)  # never sample with unsynced weights
+    evaluator.baseline(learner, sync)
+    while learner.version < cfg.run.updates:
+        while len(in_flight) <= cfg.resampling.rounds_in_flight and admitted < len(dial):
+            plan = dial.plan(admitted)
+            recorded = plan.index in ledger  # by the run that this one resumes
+            pending = None if recorded else rollout.submit(plan, learner.version)
+            in_flight.append((plan, pending))
+            admitted += 1
+
+        clock.start()
+        plan, pending = in_flight.popleft()
+        round_ = into_ledger(plan, pending, cfg, learner, sync, ledger, clock)
+
+        batches = resampling.batches(plan, round_, cfg.sampling, cfg.run.seed)
+        for done, batch in enumerate(batches[cursor.batch :], start=cursor.batch + 1):
+            dial.check_lag(learner.version, round_)
+            with clock.stage("learn"):
+                stats = learner.update(batch)
+            tracker.update(stats)
+            if evaluator.due(learner.version):
+                with clock.stage("evaluate"):
+                    sync.push(learner)
+                    for evaluation in evaluator.evaluate(learner, sync):
+                        tracker.evaluation(evaluation)
+            if checkpoints.due(learner.version) or stop.requested:
+                for waiting in in_flight:  # so that the checkpoint leaves nothing half-done
+                    into_ledger(*waiting, cfg, learner, sync, ledger, clock)
+                position = (learner.version, round_.index, done)
+                checkpoints.save(learner, Cursor(*position, tracker.position(), drift.state()))
+            stop.check(learner.version)
+        cursor = Cursor()
+
+        with clock.stage("sync"):
+            sync.push(learner)
+        origin = {"version": round_.version, "logprob_gap": round_.logprob_gap}
+        tracker.round(origin | drift.of(round_) | clock.record(round_))
+
+
+def into_ledger(
+    plan: RoundPlan,
+    pending: PendingRound | None,
+    cfg: Config,
+    learner: RemoteLearner,
+    sync: WeightSync,
+    ledger: Ledger,
+    clock: Clock,
+) -> Round:
+    """The round: its sampler proved, scored by the reference, durable before it is learned from."""
+    if pending is None or plan.index in ledger:
+        return ledger.read(plan.index)
+    with clock.stage("wait"):
+        round_ = pending.result()  # a dead worker raises here
+    with clock.stage("sync"):
+        gap = sync.prove(round_.version)
+    with clock.stage("learn"):
+        round_ = resampling.with_reference(plan, round_, gap, cfg.sampling, cfg.run.seed, learner)
+    ledger.append(round_)
+    return round_

@@ -1,0 +1,75 @@
+"""The final policy in Hugging Face format, with a card that says what was done to it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import Config
+from pipeline.learner import RemoteLearner
+from pipeline.tracking import metrics
+
+
+def write_policy(cfg: Config, learner: RemoteLearner, tokenizer: Any) -> Path:
+    """Write RUN/policy: weights, tokenizer, chat template and model card, whole or not at all."""
+    final = cfg.run_dir / "policy"
+    partial = cfg.run_dir / ".partial-policy"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    learner.export(partial)
+    tokenizer.save_pretrained(partial)
+    (partial / "README.md").write_text(model_card(cfg))
+    os.replace(partial, final)
+    return final
+
+
+def model_card(cfg: Config) -> str:
+    """Markdown with Hugging Face's front matter: base model, recipe, last evaluation."""
+    records = list(metrics(cfg.run_dir))
+    evaluations = {r["judge"]: r for r in records if r["kind"] == "evaluation"}
+    pairs = sum(r["pairs"] for r in records if r["kind"] == "update")
+    lines = [
+        "---",
+        f"base_model: {cfg.policy.model}",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags: [freshpairs, preference-optimization, online-dpo]",
+        "---",
+        "",
+        f"# {cfg.run.name}",
+        "",
+        f"`{cfg.policy.model}` aligned on fresh samples of its own with Freshpairs.",
+        "",
+        f"- objective: {cfg.objective.name}, β = {cfg.objective.beta:g}, reference "
+        f"{cfg.reference.update}",
+        f"- judge: {cfg.judge.name}",
+        f"- {cfg.run.updates} updates of {cfg.sampling.prompts_per_update} prompts × "
+        f"{cfg.sampling.completions_per_prompt} completions of at most "
+        f"{cfg.sampling.max_new_tokens} tokens (temperature {cfg.sampling.temperature:g}), "
+        f"sampled anew every {cfg.resampling.updates_per_round} updates; {pairs} pairs learned from",
+        f"- learning rate {cfg.learner.learning_rate:g} ({cfg.learner.schedule}), AdamW, "
+        f"{cfg.policy.dtype}, seed {cfg.run.seed}",
+        "",
+    ]
+    if evaluations:
+        lines += [
+            "Against the starting model, on held-out prompts:",
+            "",
+            "| judge | start | now | win / tie / loss | win rate |",
+            "| --- | --- | --- | --- | --- |",
+        ]
+        for judge, record in evaluations.items():
+            lines.append(
+                f"| {judge} | {_figure(record['quality_baseline'])} | {_figure(record['quality'])} "
+                f"| {record['win']} / {record['tie']} / {record['loss']} "
+                f"| {_figure(record['win_rate'])} |"
+            )
+        kl = next(iter(evaluations.values()))["kl_to_reference"]
+        lines += ["", f"KL to the starting model: {_figure(kl)} nats a sequence.", ""]
+    return "\n".join(lines)
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

@@ -1,0 +1,171 @@
+"""The report a run ends with: is the policy better than the model it started from, and by how much.
+
+Pure functions from records and samples to rich renderables. Everything a model, a judge or a user
+named goes through ``Text``: square brackets in it are never markup.
+"""
+
+from __future__ import annotations
+
+import shlex
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+SAMPLE_CHARACTERS = 600
+"""Of a prompt or completion, shown at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A held-out prompt as the starting model and as the policy completed it."""
+
+    prompt: str
+    before: str
+    after: str
+
+
+def final_table(
+    evaluations: Sequence[Mapping[str, Any]], samples: Sequence[Sample], run_dir: Path
+) -> RenderableType:
+    """What a person reads when a run ends; print it with ``crop=False``, so that paths stay whole.
+
+    ``evaluations`` are records of kind "evaluation" (fresh or as metrics.jsonl has them); of each
+    judge the last counts. Shown where the records hold them, besides the contract's keys:
+    ``quality_ci``, ``invalid``, and ``length_mean`` and ``repetition_rate`` with their
+    ``_baseline``.
+    """
+    latest = {record["judge"]: record for record in evaluations}
+    parts: list[RenderableType] = []
+    if latest:
+        parts += [Text("Against the starting model, on held-out prompts", style="bold")]
+        parts += [_judges_table(list(latest.values())), *_notes(list(latest.values()))]
+    else:
+        parts += [Text("No held-out evaluation was made (evaluation.judges).")]
+    for number, sample in enumerate(samples, start=1):
+        parts += [Text(""), *_sample_lines(number, sample)]
+    return Group(*parts, Text(""), *_places(run_dir))
+
+
+def figure(value: float | None) -> str:
+    """A number in at most seven characters, about three digits; "-" for None."""
+    if value is None:
+        return "-"
+    size = abs(value)
+    if 0.0 < size < 0.1:
+        return f"{value:.2g}"
+    if size < 10.0:
+        return f"{value:.2f}"
+    if size < 100.0:
+        return f"{value:.1f}"
+    if size < 1e4:
+        return f"{value:.0f}"
+    for unit, name in ((1e3, "k"), (1e6, "M"), (1e9, "G")):
+        if size < 999.5 * unit:
+            return f"{value / unit:.3g}{name}"
+    return f"{value:.1e}"
+
+
+def interval(ci: Sequence[float] | None) -> str:
+    """``[0.55, 0.67]``, or nothing."""
+    return "" if ci is None else f"[{figure(ci[0])}, {figure(ci[1])}]"
+
+
+def visible(text: str) -> str:
+    """Text fit for a terminal: control characters other than newline and tab as escapes."""
+    return "".join(
+        c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs") else ascii(c)[1:-1]
+        for c in text
+    )
+
+
+def _judges_table(records: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table.add_column("judge", overflow="fold", min_width=5)
+    table.add_column("start", justify="right", no_wrap=True)
+    table.add_column("now \\[95 % CI]", no_wrap=True)
+    table.add_column("win/tie/loss", justify="right", no_wrap=True)
+    table.add_column("win rate \\[95 % CI]", no_wrap=True)
+    for record in records:
+        table.add_row(
+            Text(visible(record["judge"])),
+            Text(figure(record["quality_baseline"])),
+            Text(f"{figure(record['quality'])} {interval(record.get('quality_ci'))}".rstrip()),
+            Text(f"{record['win']}/{record['tie']}/{record['loss']}"),
+            Text(
+                f"{figure(record['win_rate'])} {interval(record['win_rate_ci'])}".rstrip(),
+                style=_style(record["win_rate_ci"]),
+            ),
+        )
+    return table
+
+
+def _style(win_rate_ci: Sequence[float] | None) -> str:
+    """Green or red only where the interval leaves out one half."""
+    if win_rate_ci is None or win_rate_ci[0] <= 0.5 <= win_rate_ci[1]:
+        return ""
+    return "bold green" if win_rate_ci[0] > 0.5 else "bold red"
+
+
+def _notes(records: Sequence[Mapping[str, Any]]) -> Iterator[Text]:
+    for record in records:
+        if record.get("invalid"):
+            left_out = f"{record['invalid']} prompts left out: no valid verdict"
+            yield Text(f"{visible(record['judge'])}: {left_out}", style="yellow")
+    last = records[-1]
+    if last["kl_to_reference"] is not None:
+        yield Text(f"KL to reference  {figure(last['kl_to_reference'])} nats a sequence")
+    if last.get("length_mean") is not None:
+        start, now = figure(last["length_mean_baseline"]), figure(last["length_mean"])
+        yield Text(f"Length           {start} → {now} tokens")
+    if last.get("repetition_rate") is not None:
+        start, now = last["repetition_rate_baseline"], last["repetition_rate"]
+        yield Text(f"Repetition       {start:.1%} → {now:.1%} of a completion's 4-grams")
+
+
+def _sample_lines(number: int, sample: Sample) -> Iterator[RenderableType]:
+    for title, text, style in (
+        (f"Prompt {number}", sample.prompt, ""),
+        ("Starting model", sample.before, "dim"),
+        ("Aligned model", sample.after, ""),
+    ):
+        yield Text(title, style="bold")
+        yield Padding(Text(_shortened(text), style=style), (0, 0, 0, 2))
+
+
+def _shortened(text: str) -> str:
+    text = text.strip("\n")
+    if len(text) > SAMPLE_CHARACTERS:
+        text = text[:SAMPLE_CHARACTERS] + " …"
+    return visible(text)
+
+
+def _places(run_dir: Path) -> Iterator[Text]:
+    run = shlex.quote(str(run_dir))
+    yield Text("Written", style="bold")
+    for name, place in (
+        ("run", run_dir),
+        ("metrics", run_dir / "metrics.jsonl"),
+        ("ledger", run_dir / "ledger"),
+        ("policy", run_dir / "policy"),
+    ):
+        yield _unbroken(f"  {name:<8} {place}")
+    yield Text("Next", style="bold")
+    for command in (
+        f"tensorboard --logdir {shlex.quote(str(run_dir / 'tensorboard'))}",
+        f"freshpairs evaluate {run}",
+        f"freshpairs export {run} --out pairs.parquet",
+    ):
+        yield _unbroken(f"  {command}")
+
+
+def _unbroken(line: str) -> Text:
+    """A line that is meant to be copied: the terminal may wrap it, we may not."""
+    return Text(line, no_wrap=True, overflow="ignore")

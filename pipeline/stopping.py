@@ -1,0 +1,56 @@
+"""Stopping on purpose: Ctrl-C and SIGTERM end a run at its next checkpoint, resumable."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+
+class Stopped(Exception):  # noqa: N818 (not an error: the run was asked to end)
+    """A run that ended on purpose and can be resumed from ``run_dir`` (exit code 3)."""
+
+    def __init__(self, update: int, run_dir: Path) -> None:
+        super().__init__(f"stopped after update {update}")
+        self.run_dir = run_dir
+
+
+class Stop:
+    """A request to stop. Inside ``with``, the first SIGINT or SIGTERM makes it; a second one
+    interrupts at once, and the run resumes from its last checkpoint instead."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir = run_dir
+        self.requested = False
+        self._previous: dict[int, Any] = {}
+
+    def check(self, update: int) -> None:
+        """Raise Stopped if a stop was requested."""
+        if self.requested:
+            raise Stopped(update, self._run_dir)
+
+    def __enter__(self) -> Stop:
+        if threading.current_thread() is not threading.main_thread():
+            return self  # only the main thread may handle signals
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._request)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._restore()
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+        self._restore()
+
+    def _restore(self) -> None:
+        while self._previous:
+            number, handler = self._previous.popitem()
+            signal.signal(number, handler)

@@ -1,0 +1,120 @@
+"""Token log-probabilities straight from hidden states, never holding [tokens, vocabulary]."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK = 256
+"""Positions whose logits exist at one time. Measured: 1024 is slower on CPU (cache)."""
+
+
+class _ChunkedLogprobs(torch.autograd.Function):
+    """log softmax(h Wᵀ + b)[target], the logits of a chunk recomputed in backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, target_N: Tensor
+    ) -> Tensor:
+        precise = torch.promote_types(hidden_NH.dtype, torch.float32)
+        logprobs_N = hidden_NH.new_empty(target_N.shape, dtype=precise)
+        log_normalizer_N = torch.empty_like(logprobs_N)
+        for start in range(0, len(target_N), CHUNK):
+            chunk = slice(start, start + CHUNK)
+            logits = _logits(hidden_NH[chunk], weight_VH, bias_V)
+            log_normalizer_N[chunk] = torch.logsumexp(logits, dim=-1)
+            picked = logits.gather(-1, target_N[chunk, None]).squeeze(-1)
+            logprobs_N[chunk] = picked - log_normalizer_N[chunk]
+        ctx.save_for_backward(hidden_NH, weight_VH, bias_V, target_N, log_normalizer_N)
+        return logprobs_N
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient_N,) = gradients
+        hidden_NH, weight_VH, bias_V, target_N, log_normalizer_N = ctx.saved_tensors
+        hidden_gradient = torch.empty_like(hidden_NH)
+        weight_gradient = torch.zeros_like(weight_VH)
+        bias_gradient = None if bias_V is None else torch.zeros_like(bias_V)
+        for start in range(0, len(target_N), CHUNK):
+            chunk = slice(start, start + CHUNK)
+            logits = _logits(hidden_NH[chunk], weight_VH, bias_V)
+            # d logp / d logits = onehot − softmax, scaled by the incoming gradient
+            logits.sub_(log_normalizer_N[chunk, None]).exp_().mul_(-gradient_N[chunk, None])
+            logits.scatter_add_(-1, target_N[chunk, None], gradient_N[chunk, None])
+            logits_gradient = logits.to(hidden_NH.dtype)
+            torch.mm(logits_gradient, weight_VH, out=hidden_gradient[chunk])
+            weight_gradient.addmm_(logits_gradient.T, hidden_NH[chunk])
+            if bias_gradient is not None:
+                bias_gradient += logits_gradient.sum(0)
+        return hidden_gradient, weight_gradient, bias_gradient, None
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    logits = hidden @ weight.T if bias is None else torch.addmm(bias, hidden, weight.T)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def chunked_logprobs(
+    hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, target_N: Tensor
+) -> Tensor:
+    """Log-probability [N] of each target token under ``softmax(hidden Wᵀ + b)``, temperature 1."""
+    result: Tensor = _ChunkedLogprobs.apply(hidden_NH, weight_VH, bias_V, target_N)  # type: ignore[no-untyped-call]
+    return result
+
+
+class CompletionScorer:
+    """Scores completion tokens under a causal language model.
+
+    Where the model's logits are its head applied to its last hidden state (checked once, on a
+    probe), only completion positions pass the head, in chunks; otherwise (scaled or capped logits)
+    the model's own logits are taken, and ``plain`` is True.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._head = model.get_output_embeddings()
+        self.plain = not self._head_is_linear()
+
+    @torch.no_grad()
+    def _head_is_linear(self) -> bool:
+        if not isinstance(self._head, torch.nn.Linear):
+            return False
+        vocabulary = self._head.weight.shape[0]
+        ids = (torch.arange(24, device=self._head.weight.device) * 7919 + 3).remainder(vocabulary)
+        expected = torch.log_softmax(self._model(ids[None], use_cache=False).logits[0].float(), -1)
+        hidden = self._hidden(ids[None])[0]
+        rows = torch.log_softmax(_logits(hidden, self._head.weight, self._head.bias), -1)
+        return bool(torch.allclose(rows, expected, atol=1e-3, rtol=0.0))
+
+    def _hidden(self, ids_BT: Tensor) -> Tensor:
+        hidden: Tensor = self._model.base_model(ids_BT, use_cache=False).last_hidden_state
+        return hidden
+
+    def __call__(self, ids_BT: Tensor, starts_B: Tensor, lengths_B: Tensor) -> list[Tensor]:
+        """Log-probabilities of each row's completion tokens, at temperature 1.
+
+        ``ids_BT`` are prompt and completion, padded on the right with any token: attention is
+        causal, so no real position ever sees a pad. Row b's completion is
+        ``ids[b, starts[b] : starts[b] + lengths[b]]``. Returns B tensors [lengths[b]].
+        """
+        rows, columns = _completion_positions(starts_B, lengths_B)
+        targets_N = ids_BT[rows, columns]
+        if self.plain:
+            logits = self._model(ids_BT, use_cache=False).logits[rows, columns - 1].float()
+            logprobs_N = torch.log_softmax(logits, -1).gather(-1, targets_N[:, None]).squeeze(-1)
+        else:
+            hidden_NH = self._hidden(ids_BT)[rows, columns - 1]
+            logprobs_N = chunked_logprobs(
+                hidden_NH, self._head.weight, self._head.bias, targets_N
+            )
+        return list(torch.split(logprobs_N, lengths_B.tolist()))
+
+
+def _completion_positions(starts_B: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Row and column [N] of every completion token, row by row."""
+    rows = torch.repeat_interleave(torch.arange(len(lengths_B)), lengths_B)
+    first = torch.cumsum(lengths_B, 0) - lengths_B
+    columns = torch.arange(len(rows)) - first[rows] + starts_B[rows]
+    return rows, columns

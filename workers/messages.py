@@ -1,0 +1,171 @@
+"""What travels between workers: frozen records, arrays in numpy, no torch."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from judges.interface import Text
+
+IntArray: TypeAlias = npt.NDArray[np.int64]
+FloatArray: TypeAlias = npt.NDArray[np.float32]
+DoubleArray: TypeAlias = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prompt:
+    """One prompt of the stream.
+
+    ``position`` counts prompts since the start of the run (unique, it seeds the samples);
+    ``ids`` [P] is what the policy sees, ``content`` what judges and people read, ``columns`` the
+    row's other fields, handed to the judge.
+    """
+
+    position: int
+    ids: IntArray
+    content: Text
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Completion:
+    """One sample of the policy for one prompt, token-exact.
+
+    ``ids`` [T] end in an EOS only if it was sampled (``finished``). ``logprobs`` [T] are under the
+    plain softmax at temperature 1; ``sampling_logprobs`` [T] under the distribution it was really
+    drawn from, None where that is the same. ``version`` is the policy version that wrote it.
+    ``reference_logprobs`` [T] are filled in once a reference has scored it.
+    """
+
+    position: int
+    sample: int
+    seed: int
+    version: int
+    ids: IntArray
+    logprobs: FloatArray
+    sampling_logprobs: FloatArray | None
+    finished: bool
+    text: str
+    reference_logprobs: FloatArray | None = None
+
+    @property
+    def behaviour_logprobs(self) -> FloatArray:
+        """[T] log-probabilities under the distribution the tokens were drawn from."""
+        return self.logprobs if self.sampling_logprobs is None else self.sampling_logprobs
+
+
+def probe_completion(version: int, ids: list[int], logprobs: list[float]) -> Completion:
+    """A probe's continuation: of no prompt in the stream, for no judge to read."""
+    return Completion(
+        position=-1,
+        sample=0,
+        seed=0,
+        version=version,
+        ids=np.array(ids, np.int64),
+        logprobs=np.array(logprobs, np.float32),
+        sampling_logprobs=None,
+        finished=False,
+        text="",
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Judgement:
+    """What a judge said of the n completions of one prompt.
+
+    ``scores`` [n] (higher is better; NaN is INVALID) and ``reasons``, one each. A comparing judge
+    also fills ``wins`` [n, n]: P(i better than j), 0.5 a tie, NaN INVALID; its scores are then the
+    mean win probabilities.
+    """
+
+    position: int
+    scores: DoubleArray
+    reasons: tuple[str | None, ...]
+    wins: DoubleArray | None = None
+
+
+class Fate(enum.Enum):
+    """What became of a pair: learned from, or the reason why not."""
+
+    LEARN = "learn"
+    TIE = "tie"
+    INVALID = "invalid"
+    IDENTICAL = "identical"
+    MARGIN = "margin"
+    TRUNCATED = "truncated"
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two completions of one prompt by their sample index, and P(chosen is better)."""
+
+    position: int
+    chosen: int
+    rejected: int
+    label_prob: float
+    fate: Fate
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PromptGroup:
+    """A prompt with all that was sampled and said of it in a round."""
+
+    prompt: Prompt
+    completions: tuple[Completion, ...]
+    judgement: Judgement
+    pairs: tuple[Pair, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Round:
+    """One sampling of prompts by one policy version, judged and paired.
+
+    ``logprob_gap`` is the generators' distance from the learner when their weights were proved.
+    ``seconds`` are wall-clock by stage: the only part of a round that differs between reruns.
+    """
+
+    index: int
+    version: int
+    groups: tuple[PromptGroup, ...]
+    judge: str
+    seconds: Mapping[str, float]
+    logprob_gap: float | None = None
+
+    @property
+    def completions(self) -> list[Completion]:
+        return [c for group in self.groups for c in group.completions]
+
+    @property
+    def pairs(self) -> list[Pair]:
+        return [pair for group in self.groups for pair in group.pairs]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BatchCompletion:
+    """A completion as the learner needs it; without ``learn`` no gradient flows into it."""
+
+    prompt_ids: IntArray
+    completion: Completion
+    learn: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class BatchPair:
+    """Indices into ``UpdateBatch.completions``, and P(chosen is better)."""
+
+    chosen: int
+    rejected: int
+    label_prob: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class UpdateBatch:
+    """What one update learns from. A completion in several pairs stands here once."""
+
+    completions: tuple[BatchCompletion, ...]
+    pairs: tuple[BatchPair, ...]

@@ -1,0 +1,1 @@
+"""Moving a version's weights from the learner to the generators."""
