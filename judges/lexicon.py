@@ -10,9 +10,9 @@ from judges.interface import Text, text_of
 
 
 def sentiment(
-    prompts: Sequence[Text],  # noqa: ARG001
+    prompts: Sequence[Text],
     completions: Sequence[Text],
-    **columns: Any,  # noqa: ARG001
+    **columns: Any,
 ) -> list[float | None]:
     """VADER's compound sentiment of each completion, in [-1, 1]; 0 for text without such words.
 
@@ -23,9 +23,9 @@ def sentiment(
 
 
 def polarity(
-    prompts: Sequence[Text],  # noqa: ARG001
+    prompts: Sequence[Text],
     completions: Sequence[Text],
-    **columns: Any,  # noqa: ARG001
+    **columns: Any,
 ) -> list[float | None]:
     """TextBlob's polarity of each completion, in [-1, 1]: a lexicon independent of VADER's."""
     from textblob import TextBlob

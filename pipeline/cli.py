@@ -33,7 +33,9 @@ app = typer.Typer(
 RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run directory, e.g. runs/x.")]
 
 
-@app.command(epilog="Example: `freshpairs train configs/quickstart.yaml learner.learning_rate=1e-5`")
+@app.command(
+    epilog="Example: `freshpairs train configs/quickstart.yaml learner.learning_rate=1e-5`"
+)
 def train(
     config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="The run's config.")],
     overrides: Annotated[
@@ -93,7 +95,9 @@ def export(
 
 @app.command(epilog="Example: `freshpairs fetch stories15m`")
 def fetch(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="stories15m, smollm2-135m-instruct")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="stories15m, smollm2-135m-instruct")
+    ],
 ) -> None:
     """Download a small model, check it, and keep it in the cache in Hugging Face format."""
     from workers.models.fetch import fetch_model

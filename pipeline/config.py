@@ -7,18 +7,17 @@ of torch, ray, vllm.
 from __future__ import annotations
 
 import difflib
-import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import ErrorDetails
 
 from judges.errors import UserError
 from judges.plugins import is_plugin, resolve_plugin_path
+from pipeline.mistakes import explain
 from pipeline.pairing import PairingOptions
 from pipeline.prompts import PromptOptions
 from pipeline.resampling import ResamplingOptions
@@ -43,7 +42,7 @@ class RunOptions(_Section):
 
 
 class EvaluationPrompts(PromptOptions):
-    """Held-out prompts; null path and mixture = the training prompts' own held-out split."""
+    """Held-out prompts: often the training prompts' file, of which this takes another split."""
 
     split: str = Field(default="heldout", description="Split of the prompts to evaluate on")
 
@@ -137,7 +136,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if not path.is_file():
         raise UserError(f"{path}: no such config file{_nearest_file(path)}")
     try:
-        raw = yaml.load(path.read_text(), Loader=_Loader)  # noqa: S506 (a SafeLoader)
+        raw = yaml.load(path.read_text(), Loader=_Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid YAML: {_one_line(error)}") from None
     if not isinstance(raw, dict):
@@ -152,8 +151,8 @@ def parse_config(raw: Mapping[str, Any], base: Path, where: str = "config") -> C
     try:
         config = Config.model_validate(raw)
     except ValidationError as error:
-        lines = [_explain(detail) for detail in error.errors()]
-        raise UserError("\n".join(f"{where}: {line}" for line in lines)) from None
+        lines = (f"{where}: {line}" for line in explain(Config, error.errors()))
+        raise UserError("\n".join(lines)) from None
     return _absolute(config, base)
 
 
@@ -169,78 +168,29 @@ _Loader.add_implicit_resolver(
 
 
 def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Set each ``key.path=value`` (YAML) in a config's mapping. Raises UserError for another form."""
+    """Set each ``key.path=value`` (YAML) in a config's mapping; raises UserError for other forms."""
     for override in overrides:
         _override(raw, override)
 
 
 def _override(raw: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
-    if not equals or not key:
+    if not equals or not all(key.split(".")):
         raise UserError(f"{override}: an override has the form key.path=value")
     try:
-        value = yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+        value = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise UserError(f"{override}: not valid YAML: {_one_line(error)}") from None
     *sections, last = key.split(".")
     place = raw
-    for section in sections:
+    for depth, section in enumerate(sections, start=1):
         inner = place.setdefault(section, {})
         if inner is None:
             inner = place[section] = {}
         if not isinstance(inner, dict):
-            raise UserError(f"{override}: {section} is a value, not a section")
+            raise UserError(f"{override}: {'.'.join(sections[:depth])} is a value, not a section")
         place = inner
     place[last] = value
-
-
-def _explain(detail: ErrorDetails) -> str:
-    """One line: the dotted key, its value, what is wrong and the remedy."""
-    location = [str(part) for part in detail["loc"]]
-    key = ".".join(_visible(location))
-    match detail["type"]:
-        case "extra_forbidden":
-            siblings = _fields(location[:-1])
-            near = difflib.get_close_matches(location[-1], siblings, n=1, cutoff=0.4)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(siblings)}"
-            return f"{key}: unknown key; {hint}"
-        case "missing":
-            return f"{key}: missing; every config needs it"
-        case "value_error":
-            message = str(detail["ctx"]["error"])
-            return message if not key or message.startswith(key) else f"{key}={_shown(detail)}: {message}"
-        case _:
-            return f"{key}={_shown(detail)}: {detail['msg'].lower()}"
-
-
-def _shown(detail: ErrorDetails) -> str:
-    text = str(detail["input"])
-    return text if len(text) <= 60 else f"{text[:57]}…"
-
-
-def _visible(location: Iterable[str]) -> list[str]:
-    """Drop pydantic's own steps (union branches and the like) from a location."""
-    steps = list(location)
-    while len(steps) > 1 and steps[-1] not in _fields(steps[:-1]) and _fields(steps[:-1]) == []:
-        steps.pop()
-    return steps
-
-
-def _fields(location: Sequence[str]) -> list[str]:
-    """Names of the keys at this place of the config; [] where it is not a section."""
-    model: type[BaseModel] | None = Config
-    for step in location:
-        if model is None or step not in model.model_fields:
-            return []
-        model = _section_of(model.model_fields[step].annotation)
-    return list(model.model_fields) if model is not None else []
-
-
-def _section_of(annotation: Any) -> type[BaseModel] | None:
-    for candidate in (annotation, *get_args(annotation)):
-        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-            return candidate
-    return None
 
 
 def _absolute(config: Config, base: Path) -> Config:
@@ -289,7 +239,7 @@ def _data_path(path: str | None, base: Path) -> str | None:
 
 def _model_directory(model: str, base: Path) -> str:
     for root in (Path.cwd(), base):
-        if (root / model).is_dir() and os.sep in model:
+        if model and (root / model).is_dir():
             return str((root / model).absolute())
     return model
 
@@ -321,4 +271,3 @@ def threads_of(config: Config, cores: int) -> tuple[int, int]:
         max(1, for_generators // config.generator.replicas) if generator == "auto" else generator,
         (max(1, cores - half) if overlap else cores) if learner == "auto" else learner,
     )
-

@@ -82,9 +82,7 @@ class Evaluator:
             (),
         )
         (reference,) = learner.score_reference([batch])
-        scored = [
-            replace(c, reference_logprobs=r) for c, r in zip(sampled, reference, strict=True)
-        ]
+        scored = [replace(c, reference_logprobs=r) for c, r in zip(sampled, reference, strict=True)]
         measures = {
             "kl_to_reference": kl_to_reference(scored),
             "length_mean": length_mean(scored),

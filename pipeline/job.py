@@ -37,7 +37,6 @@ from pipeline.tracking import Tracker, metrics
 from workers.messages import IntArray, Prompt
 from workers.models.resolve import resolve_model
 
-
 SAMPLES_SHOWN = 3
 
 
@@ -219,9 +218,7 @@ def _rollout(cfg: Config, crew: Crew, prompts: PromptStream) -> Rollout:
     )
 
 
-def evaluator_of(
-    cfg: Config, crew: Crew, held_out: Sequence[Prompt], directory: Path
-) -> Evaluator:
+def evaluator_of(cfg: Config, crew: Crew, held_out: Sequence[Prompt], directory: Path) -> Evaluator:
     """An evaluator by the run's training judge and the others, that writes to ``directory``."""
     names = [cfg.judge.name, *(n for n in cfg.evaluation.judges if n != cfg.judge.name)]
     return Evaluator(

@@ -30,6 +30,7 @@ class RoundHeader:
     judge: str
     seconds: dict[str, float]
     reference_version: int | None
+    logprob_gap: float | None
 
 
 class Ledger:
@@ -59,6 +60,7 @@ class Ledger:
             judge=round_.judge,
             seconds=dict(round_.seconds),
             reference_version=reference_version,
+            logprob_gap=round_.logprob_gap,
         )
         if not self.directory.is_dir():
             self.directory.mkdir(parents=True)
@@ -79,6 +81,7 @@ class Ledger:
             groups=groups,
             judge=header.judge,
             seconds=header.seconds,
+            logprob_gap=header.logprob_gap,
         )
 
     def header(self, index: int) -> RoundHeader:

@@ -46,7 +46,7 @@ def run(
 
     sync.push(learner)  # never sample with unsynced weights
     evaluator.baseline(learner, sync)
-    while learner.version < cfg.run.updates:
+    while in_flight or admitted < len(dial):
         while len(in_flight) <= cfg.resampling.rounds_in_flight and admitted < len(dial):
             plan = dial.plan(admitted)
             recorded = plan.index in ledger  # by the run that this one resumes

@@ -137,7 +137,7 @@ class PromptStream:
         self._purpose = purpose
         self._key = key
         self._sources = (
-            [RowSource(s, f"{key}[{i}]") for i, s in enumerate(options.mixture)]
+            [RowSource(s, f"{key}.mixture[{i}]") for i, s in enumerate(options.mixture)]
             if options.mixture
             else [RowSource(options, key)]
         )

@@ -176,9 +176,7 @@ def with_reference(
     first_pass = learned[: math.ceil(len(round_.groups) / sampling.prompts_per_update)]
     scored_batches = [*first_pass, _unpaired(round_.groups)]
     scored: dict[tuple[int, int], FloatArray] = {}
-    for batch, scores in zip(
-        scored_batches, learner.score_reference(scored_batches), strict=True
-    ):
+    for batch, scores in zip(scored_batches, learner.score_reference(scored_batches), strict=True):
         for item, logprobs in zip(batch.completions, scores, strict=True):
             scored[item.completion.position, item.completion.sample] = logprobs
     groups = tuple(

@@ -26,9 +26,7 @@ class _Unit:
 class PendingRound:
     """A round being sampled and judged; ``result`` waits for it, and a dead worker raises here."""
 
-    def __init__(
-        self, index: int, version: int, units: Sequence[_Unit], rollout: Rollout
-    ) -> None:
+    def __init__(self, index: int, version: int, units: Sequence[_Unit], rollout: Rollout) -> None:
         self._index = index
         self._version = version
         self._units = units
@@ -111,4 +109,3 @@ class Rollout:
             "judge": judge,
         }
         return Round(index, version, tuple(groups), self._judge_name, seconds)
-

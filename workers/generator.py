@@ -93,4 +93,3 @@ class Generator(Protocol):
     def probe(self, prompt_ids: IntArray, new_tokens: int) -> Completion:
         """Continue a probe greedily, recording the log-probabilities sampled under."""
         ...
-

@@ -34,9 +34,7 @@ class _PreallocatedLayer(DynamicLayer):  # type: ignore[misc]
         super().lazy_initialization(key_states, value_states)
         batch, heads, _, width = key_states.shape
         self._keys = key_states.new_empty(batch, heads, self._capacity, width)
-        self._values = value_states.new_empty(
-            batch, heads, self._capacity, value_states.shape[-1]
-        )
+        self._values = value_states.new_empty(batch, heads, self._capacity, value_states.shape[-1])
         self._show()
 
     def _show(self) -> None:

@@ -106,9 +106,7 @@ class CompletionScorer:
             logprobs_N = torch.log_softmax(logits, -1).gather(-1, targets_N[:, None]).squeeze(-1)
         else:
             hidden_NH = self._hidden(ids_BT)[rows, columns - 1]
-            logprobs_N = chunked_logprobs(
-                hidden_NH, self._head.weight, self._head.bias, targets_N
-            )
+            logprobs_N = chunked_logprobs(hidden_NH, self._head.weight, self._head.bias, targets_N)
         return list(torch.split(logprobs_N, lengths_B.tolist()))
 
 

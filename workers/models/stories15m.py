@@ -24,7 +24,7 @@ _CHECKPOINT_SHA256 = "cd590644d963867a2b6e5a1107f51fad663c41d79c149fbecbbb1f95fa
 _VOCABULARY_SHA256 = "74f899535f8f99cdeac697474b697f3fa40467b8376dab7b6c4d8c753f28ae9f"
 
 _UNK, _BOS, _EOS = 0, 1, 2
-_FIRST_BYTE, _FIRST_PIECE = 3, 259
+_FIRST_PIECE = 259  # after the special tokens and 256 bytes
 
 
 class Shape(NamedTuple):

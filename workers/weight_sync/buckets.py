@@ -89,7 +89,7 @@ def _groups(
 def pack(
     tensors: Mapping[str, torch.Tensor], version: int, bucket_bytes: int = BUCKET_BYTES
 ) -> WeightPush:
-    """Copy the tensors, in their order, into buckets of at most ``bucket_bytes`` (or one tensor)."""
+    """Copy the tensors, in their order, into buckets of ``bucket_bytes`` at most (or a tensor)."""
     buckets = []
     for group in _groups(tensors, bucket_bytes):
         data = np.empty(sum(t.numel() * t.element_size() for _, t in group), dtype=np.uint8)
@@ -124,10 +124,10 @@ def unpack_into(push: WeightPush, tensors: Mapping[str, torch.Tensor]) -> None:
                 f"(checksum {checksum_of(bucket.data)}, sent {bucket.checksum})"
             )
     sent = {slot.name for bucket in push.buckets for slot in bucket.slots}
-    if sent != set(tensors):
+    missing, unknown = sorted(set(tensors) - sent), sorted(sent - set(tensors))
+    if missing or unknown:
         raise SyncError(
-            f"weight push of version {push.version}: tensors missing {sorted(set(tensors) - sent)}, "
-            f"unknown {sorted(sent - set(tensors))}"
+            f"weight push of version {push.version}: tensors missing {missing}, unknown {unknown}"
         )
     for bucket in push.buckets:
         for slot in bucket.slots:

@@ -1,0 +1,219 @@
+"""Drift measures against numbers derived by hand."""
+
+import json
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from pipeline.drift import (
+    Drift,
+    entropy,
+    eos_rate,
+    kl_per_token,
+    kl_to_reference,
+    length_mean,
+    repetition_rate,
+)
+from workers.messages import Completion, Fate, Judgement, Pair, Prompt, PromptGroup, Round
+
+LN2 = math.log(2)
+
+
+def completion(
+    logprobs: Sequence[float],
+    reference: Sequence[float] | None = None,
+    ids: Sequence[int] | None = None,
+    finished: bool = True,
+) -> Completion:
+    """A completion with these log-probabilities; its ids are 0, 1, 2, … unless given."""
+    return Completion(
+        position=0,
+        sample=0,
+        seed=0,
+        version=0,
+        ids=np.array(range(len(logprobs)) if ids is None else ids, dtype=np.int64),
+        logprobs=np.array(logprobs, dtype=np.float32),
+        sampling_logprobs=None,
+        finished=finished,
+        text="",
+        reference_logprobs=None if reference is None else np.array(reference, dtype=np.float32),
+    )
+
+
+def round_of(
+    completions: Sequence[Completion],
+    version: int = 0,
+    scores: Sequence[float] | None = None,
+    fates: Sequence[Fate] = (),
+) -> Round:
+    """A round of one prompt."""
+    given = [0.0] * len(completions) if scores is None else scores
+    judgement = Judgement(0, np.array(given, dtype=np.float64), (None,) * len(given))
+    pairs = tuple(Pair(0, 0, 1, 1.0, fate) for fate in fates)
+    prompt = Prompt(0, np.array([1], dtype=np.int64), "")
+    group = PromptGroup(prompt, tuple(completions), judgement, pairs)
+    return Round(0, version, (group,), "judge", {})
+
+
+def spoken_by_reference(*means: float) -> list[Completion]:
+    """Completions of one token each, with these reference log-probabilities."""
+    return [completion([-1.0], [mean]) for mean in means]
+
+
+# ln(1/2 : 1/4) + ln(1/4 : 1/4) = ln 2 over two tokens, and ln(1/2 : 4) = −3 ln 2 over one (a
+# "probability" of 4 keeps the arithmetic in powers of two).
+TWO = [
+    completion([-LN2, -2 * LN2], [-2 * LN2, -2 * LN2]),
+    completion([-LN2], [2 * LN2], finished=False),
+]
+
+
+def test_kl_is_a_mean_over_sequences_and_kl_per_token_over_tokens() -> None:
+    assert kl_to_reference(TWO) == pytest.approx((LN2 - 3 * LN2) / 2, abs=1e-6)
+    assert kl_per_token(TWO) == pytest.approx((LN2 - 3 * LN2) / 3, abs=1e-6)
+
+
+def test_entropy_is_a_mean_over_tokens() -> None:
+    assert entropy(TWO) == pytest.approx(4 * LN2 / 3, abs=1e-6)
+
+
+def test_kl_and_entropy_are_exact_when_the_samples_are_the_policy() -> None:
+    # π = (3/4, 1/4), reference = (1/2, 1/2): four samples in exactly π's proportions.
+    samples = [completion([math.log(0.75)], [-LN2])] * 3 + [completion([math.log(0.25)], [-LN2])]
+    exact_entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    assert entropy(samples) == pytest.approx(exact_entropy, abs=1e-6)
+    assert kl_to_reference(samples) == pytest.approx(LN2 - exact_entropy, abs=1e-6)
+
+
+def test_sums_are_taken_in_float64() -> None:
+    # In float32, 2^24 + 1 is 2^24: a long completion's small terms would be lost.
+    long = completion([-(2.0**24), -1.0], [0.0, 0.0])
+    assert kl_to_reference([long]) == -(2.0**24) - 1
+    assert entropy([long]) == (2.0**24 + 1) / 2
+
+
+def test_one_completion_without_a_reference_leaves_no_kl() -> None:
+    mixed = [*TWO, completion([-1.0])]
+    assert kl_to_reference(mixed) is None
+    assert kl_per_token(mixed) is None
+
+
+def test_length_counts_tokens_and_eos_rate_completions() -> None:
+    assert length_mean(TWO) == 1.5
+    assert eos_rate(TWO) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("ids", "rate"),
+    [
+        ([1, 2, 3, 4, 1, 2, 3, 4], 1 / 5),  # 1234 2341 3412 4123 1234: four of five distinct
+        ([7] * 5, 1 / 2),
+        ([7] * 4, 0.0),
+        ([7], 0.0),
+        ([1, 2, 3, 4, 5, 6], 0.0),
+        ([1, 2, 3, 1, 2, 3, 1], 1 / 4),  # 1231 2312 3123 1231
+    ],
+)
+def test_repetition_of_known_sequences(ids: list[int], rate: float) -> None:
+    assert repetition_rate([completion([-1.0] * len(ids), ids=ids)]) == pytest.approx(rate)
+
+
+def test_repetition_is_a_mean_over_completions_not_over_4_grams() -> None:
+    long = completion([-1.0] * 103, ids=range(103))
+    looping = completion([-1.0] * 5, ids=[7] * 5)
+    assert repetition_rate([long, looping]) == pytest.approx(1 / 4)
+
+
+# Round 0: −100/8, −99/8, …, 0. Percentiles 1 and 99 of 101 values are the second from either end.
+REFERENCE_SAMPLES = spoken_by_reference(*(-i / 8 for i in range(101)))
+BAND = [-99 / 8, -1 / 8]
+
+
+def test_band_is_the_central_98_percent_of_round_0() -> None:
+    drift = Drift()
+    share = drift.of(round_of(REFERENCE_SAMPLES))["off_reference_share"]
+    assert drift.state() == {"band": BAND}
+    assert share == pytest.approx(2 / 101)
+
+
+def test_off_reference_counts_both_sides_by_the_mean_token() -> None:
+    drift = Drift()
+    drift.of(round_of(REFERENCE_SAMPLES))
+    later = [
+        *spoken_by_reference(BAND[0], BAND[1], -12.5, 0.0),  # on either edge, beyond either
+        completion([-1.0, -1.0], [-12.0, -12.0]),  # the sum is beyond, the mean within
+        completion([-1.0, -1.0], [-10.0, -10.0]),
+        completion([-1.0, -1.0], [-0.125, 0.0]),  # the sum is within, the mean beyond
+    ]
+    assert drift.of(round_of(later, version=3))["off_reference_share"] == pytest.approx(3 / 7)
+
+
+def test_band_is_taken_once() -> None:
+    drift = Drift()
+    drift.of(round_of(REFERENCE_SAMPLES))
+    drift.of(round_of(spoken_by_reference(-50.0, -51.0)))  # a second round in flight at version 0
+    assert drift.state() == {"band": BAND}
+
+
+def test_band_survives_a_checkpoint() -> None:
+    drift, resumed = Drift(), Drift()
+    drift.of(round_of(spoken_by_reference(-0.1, -0.3)))
+    resumed.load(json.loads(json.dumps(drift.state())))
+    assert resumed.state() == drift.state()
+    later = round_of(spoken_by_reference(-0.2, -5.0), version=1)
+    assert resumed.of(later)["off_reference_share"] == 0.5
+
+
+def test_without_a_band_there_is_no_share() -> None:
+    drift = Drift()
+    assert drift.of(round_of(REFERENCE_SAMPLES, version=1))["off_reference_share"] is None
+    assert drift.of(round_of([completion([-1.0])]))["off_reference_share"] is None
+    assert drift.state() == {"band": None}
+    drift.load({"band": None})
+    assert drift.state() == {"band": None}
+
+
+def test_a_round_without_its_reference_has_no_share_even_with_a_band() -> None:
+    drift = Drift()
+    drift.of(round_of(REFERENCE_SAMPLES))
+    measures = drift.of(round_of([completion([-1.0])], version=1))
+    assert measures["off_reference_share"] is None
+    assert measures["kl_to_reference"] is None
+
+
+def test_scores_leave_invalid_ones_out() -> None:
+    samples = spoken_by_reference(-1.0, -1.0, -1.0)
+    measures = Drift().of(round_of(samples, scores=[1.0, math.nan, 3.0]))
+    assert (measures["score_mean"], measures["score_std"]) == (2.0, 1.0)
+    nothing = Drift().of(round_of(samples, scores=[math.nan] * 3))
+    assert (nothing["score_mean"], nothing["score_std"]) == (None, None)
+
+
+def test_pairs_are_counted_by_fate() -> None:
+    fates = [Fate.LEARN, Fate.TIE, Fate.LEARN, Fate.TIE, Fate.TRUNCATED, Fate.LEARN]
+    measures = Drift().of(round_of(TWO, fates=fates))
+    assert (measures["prompts"], measures["completions"], measures["pairs"]) == (1, 2, 3)
+    dropped = {"tie": 2, "invalid": 0, "identical": 0, "margin": 0, "truncated": 1}
+    assert measures["dropped"] == dropped
+
+
+def test_of_gives_each_measure_of_the_round() -> None:
+    measures = Drift().of(round_of(TWO))
+    assert measures["kl_to_reference"] == kl_to_reference(TWO)
+    assert measures["kl_per_token"] == kl_per_token(TWO)
+    assert measures["entropy"] == entropy(TWO)
+    assert measures["length_mean"] == 1.5
+    assert measures["eos_rate"] == 0.5
+    assert measures["repetition_rate"] == 0.0
+
+
+def test_nothing_is_divided_by_zero() -> None:
+    empty = completion([], [])
+    for completions, length in (([], None), ([empty], 0.0)):
+        measures = Drift().of(round_of(completions))
+        assert measures["kl_per_token"] is None
+        assert measures["entropy"] is None
+        assert measures["off_reference_share"] is None
+        assert measures["length_mean"] == length

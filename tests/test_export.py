@@ -1,0 +1,164 @@
+"""Exported preference sets, read back by ``datasets``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+
+from judges.errors import UserError
+from judges.interface import Text
+from pipeline.export import export_pairs
+from pipeline.ledger import Ledger
+from workers.messages import Completion, Fate, Judgement, Pair, Prompt, PromptGroup, Round
+
+CHAT: Text = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hi?"}]
+
+
+def group_of(
+    position: int, content: Text, pairs: list[tuple[int, int, float, Fate]]
+) -> PromptGroup:
+    completions = tuple(
+        Completion(
+            position=position,
+            sample=sample,
+            seed=sample,
+            version=4,
+            ids=np.array([position, sample, 2], np.int64),
+            logprobs=np.zeros(3, np.float32),
+            sampling_logprobs=None,
+            finished=True,
+            text=f" “{position}”\n{sample}",
+        )
+        for sample in range(3)
+    )
+    return PromptGroup(
+        prompt=Prompt(position, np.array([1, position], np.int64), content),
+        completions=completions,
+        judgement=Judgement(position, np.zeros(3), (None,) * 3),
+        pairs=tuple(Pair(position, *pair) for pair in pairs),
+    )
+
+
+def write_run(run: Path, *contents: Text) -> Path:
+    """Two rounds; a prompt has a learned pair (2 over 0), a tie and, in round 1, another."""
+    ledger = Ledger(run / "ledger")
+    learned, tie = (2, 0, 0.75, Fate.LEARN), (0, 1, 0.5, Fate.TIE)
+    for index, extra in enumerate([[], [(1, 2, 0.6, Fate.LEARN)]]):
+        groups = tuple(
+            group_of(10 * index + at, content, [learned, tie, *extra])
+            for at, content in enumerate(contents)
+        )
+        ledger.append(Round(index, 4 * index, groups, judge="j", seconds={}))
+    return run
+
+
+def load(path: Path, cache: Path) -> list[dict[str, Any]]:
+    """The set as ``datasets`` reads it."""
+    if path.suffix == ".parquet":
+        read = datasets.Dataset.from_parquet(str(path), cache_dir=str(cache))
+    else:
+        files = str(path)
+        read = datasets.load_dataset("json", data_files=files, split="train", cache_dir=str(cache))
+    return list(read)
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
+def test_text(tmp_path: Path, suffix: str) -> None:
+    out = tmp_path / f"set{suffix}"
+    assert export_pairs(write_run(tmp_path / "run", "once"), out) == 3
+    rows = load(out, tmp_path / "cache")
+    assert rows[0] == {
+        "prompt": "once",
+        "chosen": " “0”\n2",
+        "rejected": " “0”\n0",
+        "prompt_ids": [1, 0],
+        "chosen_ids": [0, 2, 2],
+        "rejected_ids": [0, 0, 2],
+        "label_prob": 0.75,
+        "round": 0,
+        "version": 0,
+        "position": 0,
+    }
+    names = ("round", "version", "position", "chosen", "rejected", "label_prob")
+    assert [tuple(row[name] for name in names) for row in rows[1:]] == [
+        (1, 4, 10, " “10”\n2", " “10”\n0", 0.75),
+        (1, 4, 10, " “10”\n1", " “10”\n2", 0.6),
+    ]
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
+def test_chat(tmp_path: Path, suffix: str) -> None:
+    out = tmp_path / f"set{suffix}"
+    assert export_pairs(write_run(tmp_path / "run", CHAT), out) == 3
+    row = load(out, tmp_path / "cache")[0]
+    assert row["prompt"] == CHAT
+    assert row["chosen"] == [{"role": "assistant", "content": " “0”\n2"}]
+    assert row["rejected"] == [{"role": "assistant", "content": " “0”\n0"}]
+    assert row["chosen_ids"] == [0, 2, 2]
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
+def test_text_beside_chat_becomes_chat(tmp_path: Path, suffix: str) -> None:
+    out = tmp_path / f"set{suffix}"
+    assert export_pairs(write_run(tmp_path / "run", "once", CHAT), out) == 6
+    rows = load(out, tmp_path / "cache")
+    assert rows[0]["prompt"] == [{"role": "user", "content": "once"}]
+    assert rows[0]["chosen"] == [{"role": "assistant", "content": " “0”\n2"}]
+    assert rows[1]["prompt"] == CHAT
+
+
+def message_of(run: Path, out: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        export_pairs(run, out)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_mistakes(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", "once")
+    out = tmp_path / "set.csv"
+    assert message_of(run, out) == f"--out {out}: ends in neither .parquet nor .jsonl; choose one"
+    out = tmp_path / "set.jsonl"
+    assert message_of(tmp_path, out) == (
+        f"{tmp_path}: no ledger with a round in it; give a run's directory"
+    )
+    assert message_of(tmp_path / "nope", out).startswith(f"{tmp_path / 'nope'}: no ledger")
+    assert not out.exists()
+    nowhere = tmp_path / "no" / "set.jsonl"
+    assert message_of(run, nowhere) == (
+        f"--out {nowhere}: no such directory {tmp_path / 'no'}; make it first"
+    )
+
+
+def test_an_existing_file_is_kept(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", "once")
+    out = tmp_path / "set.jsonl"
+    out.write_text("mine")
+    assert message_of(run, out) == (
+        f"--out {out}: exists already and is not overwritten; choose another name"
+    )
+    assert out.read_text() == "mine"
+
+
+def test_a_run_that_learned_from_nothing(tmp_path: Path) -> None:
+    group = group_of(0, "once", [(0, 1, 0.5, Fate.TIE)])
+    Ledger(tmp_path / "ledger").append(Round(0, 0, (group,), judge="j", seconds={}))
+    out = tmp_path / "set.parquet"
+    assert message_of(tmp_path, out) == (
+        f"{tmp_path}: no pair was learned from in 1 rounds; see `dropped` in "
+        f"{tmp_path / 'metrics.jsonl'} for the reasons"
+    )
+    assert not out.exists()
+
+
+def test_json_lines_are_one_object_each(tmp_path: Path) -> None:
+    out = tmp_path / "set.jsonl"
+    export_pairs(write_run(tmp_path / "run", "once\u2028upon"), out)
+    lines = out.read_bytes().splitlines()
+    assert [json.loads(line)["prompt"] for line in lines] == ["once\u2028upon"] * 3

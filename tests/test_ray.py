@@ -1,0 +1,111 @@
+"""The same run as Ray actors: same bits as in one process, errors that reach the user."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from judges.errors import UserError
+from pipeline import job
+from pipeline.config import Config
+from pipeline.launch.crew import plan_crew
+from pipeline.launch.ray import refuse_too_few_cores
+from tests import tiny
+from workers.judge_worker import JudgeFailed
+
+
+def on_ray(cfg: Config, run_dir: Path) -> Config:
+    run = cfg.run.model_copy(update={"dir": str(run_dir)})
+    cluster = cfg.cluster.model_copy(update={"address": "local"})
+    return cfg.model_copy(update={"run": run, "cluster": cluster})
+
+
+@pytest.mark.parametrize("rounds_in_flight", [0, 1])
+def test_ray_and_inline_agree_to_the_bit(
+    tiny_model: Path, tmp_path: Path, rounds_in_flight: int
+) -> None:
+    prompts = {"path": str(tmp_path / "prompts.jsonl")}
+    cfg = tiny.config(
+        tiny_model,
+        tmp_path,
+        resampling={"updates_per_round": 2, "rounds_in_flight": rounds_in_flight},
+        evaluation={"every": 3, "count": 5, "prompts": prompts},
+    )
+    inline = job.run(cfg, quiet=True).run_dir
+    ray = job.run(on_ray(cfg, tmp_path / "on-ray"), quiet=True).run_dir
+    assert tiny.records(ray) == tiny.records(inline)
+    one, other = (load_file(path / "policy" / "model.safetensors") for path in (ray, inline))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert no_ray_processes()
+
+
+def no_ray_processes() -> bool:
+    """Whether this process has left no Ray daemon behind."""
+    listing = subprocess.run(
+        ["ps", "--ppid", str(os.getpid()), "-o", "args="], capture_output=True, text=True
+    ).stdout
+    return "raylet" not in listing and "gcs_server" not in listing
+
+
+def test_the_number_of_replicas_changes_nothing(tiny_model: Path, tmp_path: Path) -> None:
+    cfg = tiny.config(tiny_model, tmp_path, resampling={"updates_per_round": 3})
+    one = job.run(cfg, quiet=True).run_dir
+    three = cfg.model_copy(
+        update={
+            "generator": cfg.generator.model_copy(update={"replicas": 3}),
+            "run": cfg.run.model_copy(update={"dir": str(tmp_path / "three")}),
+        }
+    )
+    job.run(three, quiet=True)
+    assert tiny.records(three.run_dir) == tiny.records(one)
+
+
+def test_a_workers_error_arrives_as_itself(tiny_model: Path, tmp_path: Path) -> None:
+    cfg = tiny.config(tiny_model, tmp_path, judge={"name": f"{tmp_path}/needs.py:score"})
+    (tmp_path / "needs.py").write_text("def score(completions, answer):\n    return answer\n")
+    with pytest.raises(UserError, match="answer"):
+        job.run(on_ray(cfg, tmp_path / "run"), quiet=True)
+    (tmp_path / "needs.py").write_text("def score(completions):\n    raise OSError('offline')\n")
+    with pytest.raises(JudgeFailed, match="offline"):
+        job.run(on_ray(cfg, tmp_path / "second"), quiet=True)
+
+
+def test_too_few_cores_are_refused_before_anything_starts(tiny_model: Path, tmp_path: Path) -> None:
+    cfg = tiny.config(tiny_model, tmp_path, generator={"replicas": 4})
+    with pytest.raises(UserError, match="4 generators and the learner need 5 cores") as refusal:
+        refuse_too_few_cores(plan_crew(cfg, 1, 1), 2)
+    assert "\n" not in str(refusal.value)
+    refuse_too_few_cores(plan_crew(cfg, 1, 1), 5)
+
+
+def test_a_users_folder_does_not_come_before_ours(tiny_model: Path, tmp_path: Path) -> None:
+    """Ray puts the driver's directory first on its workers' path: ours must be it."""
+    cfg = tiny.config(tiny_model, tmp_path, run={"updates": 1, "dir": str(tmp_path / "run")})
+    theirs = tmp_path / "theirs"
+    for package in ("judges", "workers", "pipeline"):
+        (theirs / package).mkdir(parents=True)
+        (theirs / package / "__init__.py").write_text("raise ImportError('the wrong one')\n")
+    (theirs / "go.py").write_text(
+        "import sys\n"
+        "sys.path = [p for p in sys.path if p not in ('', sys.argv[1])]\n"
+        "from pathlib import Path\n"
+        "from pipeline import run\n"
+        "from pipeline.config import Config\n"
+        "run(Config.model_validate_json(Path('cfg.json').read_text()), quiet=True)\n"
+    )
+    (theirs / "cfg.json").write_text(on_ray(cfg, tmp_path / "run").model_dump_json())
+    found = subprocess.run(
+        [sys.executable, "go.py", str(theirs)],
+        cwd=theirs,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert found.returncode == 0, found.stderr
+    assert (tmp_path / "run" / "policy").is_dir()
