@@ -60,12 +60,12 @@ class Checkpoints:
 
     def all(self) -> list[Path]:
         """Whole checkpoints, oldest first."""
-        return sorted(self._directory.glob("update-*"))
+        return sorted(self._directory.glob("update-*"), key=_update_of)
 
     def latest_update(self) -> int:
         """Updates applied in the newest checkpoint; 0 where there is none."""
         found = self.all()
-        return int(found[-1].name.removeprefix("update-")) if found else 0
+        return _update_of(found[-1]) if found else 0
 
     def restore(self, learner: RemoteLearner) -> Cursor:
         """Load the newest checkpoint into the learner; the run's beginning where there is none."""
@@ -75,6 +75,10 @@ class Checkpoints:
         cursor = Cursor(**json.loads((found[-1] / "cursor.json").read_text()))
         learner.load(found[-1])
         return cursor
+
+
+def _update_of(path: Path) -> int:
+    return int(path.name.removeprefix("update-"))
 
 
 def _flush(path: Path) -> None:

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import click
 import typer
 from rich.console import Console
 
@@ -126,26 +125,21 @@ def _one_process_environment(address: str) -> None:
 def _show(result: RunResult) -> None:
     from pipeline.report import final_table
 
-    Console().print(final_table(result.evaluations, result.samples, result.run_dir))
+    report = final_table(result.evaluations, result.samples, result.run_dir)
+    Console().print(report, crop=False)
 
 
 def main() -> None:
-    """Run a command. Exit 0 on success, 2 on a user's mistake, 3 when stopped on purpose, 1 else."""
+    """Run a command: exit 0 on success, 2 on a user's mistake, 3 stopped on purpose, 1 else."""
     from pipeline.stopping import Stopped
 
     try:
-        sys.exit(app(standalone_mode=False) or 0)
+        app()
     except UserError as mistake:
         _complain(str(mistake))
         sys.exit(EXIT_MISTAKE)
-    except click.ClickException as mistake:
-        _complain(mistake.format_message())
-        sys.exit(EXIT_MISTAKE)
     except Stopped as stopped:
         typer.echo(f"{stopped}: go on with `freshpairs resume {stopped.run_dir}`", err=True)
-        sys.exit(EXIT_STOPPED)
-    except (KeyboardInterrupt, click.Abort):
-        typer.echo("interrupted: `freshpairs resume RUN_DIR` goes on from its checkpoint", err=True)
         sys.exit(EXIT_STOPPED)
     except (JudgeFailed, SyncError, FloatingPointError) as failure:
         _complain(f"the run failed: {failure}")

@@ -168,7 +168,7 @@ _Loader.add_implicit_resolver(
 
 
 def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Set each ``key.path=value`` (YAML) in a config's mapping; raises UserError for other forms."""
+    """Set each ``key.path=value`` (YAML) in a mapping. Raises UserError for other forms."""
     for override in overrides:
         _override(raw, override)
 

@@ -81,7 +81,7 @@ class Wandb:
     """
 
     def __init__(self, run_dir: Path, options: WandbOptions) -> None:
-        wandb = _wandb_module()
+        wandb = wandb_module()
         id_file = run_dir / "wandb" / "id"
         if not id_file.exists():
             id_file.parent.mkdir(exist_ok=True)
@@ -110,7 +110,8 @@ class Wandb:
         self._run.finish()
 
 
-def _wandb_module() -> Any:
+def wandb_module() -> Any:
+    """The wandb package. Raises UserError where it is not installed."""
     try:
         import wandb
     except ModuleNotFoundError as error:

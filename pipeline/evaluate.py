@@ -115,11 +115,9 @@ class Evaluator:
         return list(judged.judgements)
 
     def _compare(self, judgements: Sequence[Judgement]) -> Comparison:
-        first = judgements[0]
-        if first.wins is not None:
-            return compare_probabilities(
-                [float(j.wins[0, 1]) for j in judgements if j.wins is not None], self._run_seed
-            )
+        wins = [j.wins for j in judgements if j.wins is not None]
+        if wins:  # the judge compares
+            return compare_probabilities([float(w[0, 1]) for w in wins], self._run_seed)
         scores = np.array([j.scores for j in judgements])
         return compare_scores(scores[:, 0].tolist(), scores[:, 1].tolist(), self._run_seed)
 

@@ -19,6 +19,7 @@ from judges.plugins import is_plugin, load_plugin
 from pipeline import loop
 from pipeline.checkpoint import Checkpoints, Cursor
 from pipeline.config import Config, threads_of
+from pipeline.dashboards import wandb_module
 from pipeline.drift import Drift
 from pipeline.evaluate import Evaluator
 from pipeline.launch.crew import Crew, CrewPlan, judges_of, plan_crew
@@ -253,6 +254,8 @@ def _check_inputs(cfg: Config) -> _Inputs:
         held_out = stream.take(0, min(cfg.evaluation.count, len(stream)))
     for name, options in judges_of(cfg).items():
         build_judge(name, options.args)
+    if cfg.tracking.wandb is not None:
+        wandb_module()
     if is_plugin(cfg.objective.name):
         load_plugin(cfg.objective.name, key="objective.name")
     _pairing(cfg)

@@ -15,7 +15,7 @@ from pydantic_core import ErrorDetails
 
 
 def explain(model: type[BaseModel], errors: Iterable[ErrorDetails]) -> list[str]:
-    """A line for each mistake in a config of this model: its dotted key, its value, what it must be.
+    """A line for each mistake in a config of this model: dotted key, value, what it must be.
 
     The errors of a union's branches are one mistake.
     """
@@ -76,7 +76,7 @@ def _needed(detail: ErrorDetails) -> str:
 
 def _shown(value: object) -> str:
     word = value is None or isinstance(value, bool)
-    text = json.dumps(value) if word else str(value)
+    text = json.dumps(value) if word else " ".join(str(value).split())
     return text if len(text) <= 60 else f"{text[:57]}…"
 
 

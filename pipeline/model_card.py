@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from pathlib import Path
@@ -20,6 +21,8 @@ def write_policy(cfg: Config, learner: RemoteLearner, tokenizer: Any) -> Path:
     partial.mkdir()
     learner.export(partial)
     tokenizer.save_pretrained(partial)
+    for path in partial.iterdir():  # safetensors writes for its owner alone
+        path.chmod(0o644)
     (partial / "README.md").write_text(model_card(cfg))
     os.replace(partial, final)
     return final
@@ -48,7 +51,7 @@ def model_card(cfg: Config) -> str:
         f"- {cfg.run.updates} updates of {cfg.sampling.prompts_per_update} prompts × "
         f"{cfg.sampling.completions_per_prompt} completions of at most "
         f"{cfg.sampling.max_new_tokens} tokens (temperature {cfg.sampling.temperature:g}), "
-        f"sampled anew every {cfg.resampling.updates_per_round} updates; {pairs} pairs learned from",
+        f"sampled {_how_often(cfg.resampling.updates_per_round)}; {pairs} pairs learned from",
         f"- learning rate {cfg.learner.learning_rate:g} ({cfg.learner.schedule}), AdamW, "
         f"{cfg.policy.dtype}, seed {cfg.run.seed}",
         "",
@@ -69,6 +72,14 @@ def model_card(cfg: Config) -> str:
         kl = next(iter(evaluations.values()))["kl_to_reference"]
         lines += ["", f"KL to the starting model: {_figure(kl)} nats a sequence.", ""]
     return "\n".join(lines)
+
+
+def _how_often(updates_per_round: float) -> str:
+    if math.isinf(updates_per_round):
+        return "once, before the first update"
+    return (
+        f"anew every {updates_per_round} updates" if updates_per_round > 1 else "anew every update"
+    )
 
 
 def _figure(value: float | None) -> str:

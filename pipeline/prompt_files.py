@@ -40,7 +40,7 @@ def read_file(path: Path, where: str) -> Numbered:
         yield from reader(path, where)
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: not UTF-8 ({error.reason}); save it as UTF-8") from error
-    except KeyError as error:
+    except OSError as error:
         raise UserError(f"{where}: cannot be read ({error}); check the file") from error
 
 

@@ -32,9 +32,7 @@ def create_run_directory(cfg: Config, threads: dict[str, int]) -> Path:
     """Make the directory with its config.yaml; raises UserError where one is already there."""
     refuse_existing_run(cfg.run_dir)
     cfg.run_dir.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump(
-        cfg.model_dump(mode="json") | {"environment": environment(threads)}, sort_keys=False
-    )
+    text = yaml.safe_dump(cfg.model_dump() | {"environment": environment(threads)}, sort_keys=False)
     partial = cfg.run_dir / f".{CONFIG_FILE}"
     partial.write_text(text)
     os.replace(partial, cfg.run_dir / CONFIG_FILE)

@@ -12,8 +12,8 @@ from typing import Any
 class Stopped(Exception):  # noqa: N818 (not an error: the run was asked to end)
     """A run that ended on purpose and can be resumed from ``run_dir`` (exit code 3)."""
 
-    def __init__(self, update: int, run_dir: Path) -> None:
-        super().__init__(f"stopped after update {update}")
+    def __init__(self, where: str, run_dir: Path) -> None:
+        super().__init__(f"stopped {where}")
         self.run_dir = run_dir
 
 
@@ -29,7 +29,7 @@ class Stop:
     def check(self, update: int) -> None:
         """Raise Stopped if a stop was requested."""
         if self.requested:
-            raise Stopped(update, self._run_dir)
+            raise Stopped(f"after update {update}", self._run_dir)
 
     def __enter__(self) -> Stop:
         if threading.current_thread() is not threading.main_thread():
@@ -45,6 +45,8 @@ class Stop:
         trace: TracebackType | None,
     ) -> None:
         self._restore()
+        if kind is KeyboardInterrupt:
+            raise Stopped("at once, to go on from the last checkpoint", self._run_dir) from error
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         self.requested = True

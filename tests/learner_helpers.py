@@ -50,7 +50,7 @@ def plain_logits(model, prompt_ids, ids) -> Tensor:
 def plain_logprobs(model, prompt_ids, ids) -> Tensor:
     """Log-probabilities [T] by log_softmax over the whole vocabulary."""
     logprobs = plain_logits(model, prompt_ids, ids).log_softmax(-1)
-    return logprobs[torch.arange(len(ids)), torch.tensor(np.array(ids))]
+    return logprobs[torch.arange(len(ids)), torch.as_tensor(ids)]
 
 
 def prompts_of(*ids: Sequence[int], first: int = 0) -> tuple[Prompt, ...]:
@@ -58,7 +58,7 @@ def prompts_of(*ids: Sequence[int], first: int = 0) -> tuple[Prompt, ...]:
     return tuple(Prompt(first + i, np.array(p, np.int64), "") for i, p in enumerate(ids))
 
 
-def request(
+def sample_request(
     prompts: Sequence[Prompt], samples: int = 2, *, run_seed: int = 0, purpose: str = "sampling"
 ) -> SampleRequest:
     return SampleRequest(tuple(prompts), samples, run_seed, purpose)
@@ -104,7 +104,7 @@ def batch_of(
 
 def sampled_batch(generator: TransformersGenerator, prompts: Sequence[Prompt]) -> UpdateBatch:
     """Two completions of each prompt as the generator wrote them; the first is the chosen one."""
-    unit = generator.sample(request(prompts))
+    unit = generator.sample(sample_request(prompts))
     items = [
         BatchCompletion(prompt.ids, completion)
         for prompt, group in zip(prompts, unit.completions, strict=True)

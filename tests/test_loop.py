@@ -284,7 +284,7 @@ def test_a_failing_judge_stops_the_run_with_its_reason(tiny_model: Path, tmp_pat
     (tmp_path / "judge.py").write_text(
         "def score(prompts, completions, **columns):\n    raise OSError('no such server')\n"
     )
-    with pytest.raises(JudgeFailed, match="8 of the round's 8 scores are INVALID.*no such server"):
+    with pytest.raises(JudgeFailed, match=r"8 of the round's 8 scores are INVALID.*no such server"):
         job.run(cfg, quiet=True)
 
 

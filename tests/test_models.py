@@ -411,6 +411,8 @@ def test_smollm2_answers_in_chat() -> None:
     )
     # The ids that transformers' own GGUF reader gives.
     assert tokenizer.encode("12345 a  b\n\n") == [33, 34, 35, 36, 37, 253, 216, 278, 1116]
+    # It knows no pre-tokenizer: llama.cpp's for "smollm" first cuts at each digit (\p{N}).
+    assert tokenizer.tokenize("a   67") == ["a", "ĠĠĠ", "6", "7"]
     for text in TEXTS:
         assert tokenizer.decode(tokenizer.encode(text)) == text
 

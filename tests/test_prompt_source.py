@@ -10,11 +10,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from prompt_helpers import ENCODER, contents, numbered, stream_of, write_jsonl
 
 from judges.errors import UserError
 from pipeline.prompt_source import PromptSource
 from pipeline.prompts import PromptOptions, PromptStream
+from tests.prompt_helpers import ENCODER, contents, numbered, stream_of, write_jsonl
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"

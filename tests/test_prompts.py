@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from prompt_helpers import ENCODER, contents, make_tokenizer, numbered, stream_of, write_jsonl
 from pydantic import ValidationError
 
 from judges.errors import UserError
 from pipeline.prompt_source import PromptSource
 from pipeline.prompts import PromptEncoder, PromptOptions, PromptStream
+from tests.prompt_helpers import ENCODER, contents, make_tokenizer, numbered, stream_of, write_jsonl
 from workers.seeds import derive_seed
 
 ROOT = Path(__file__).resolve().parent.parent

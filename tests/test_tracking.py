@@ -1,66 +1,20 @@
-"""metrics.jsonl, its cut on resume, and the dashboards built from it."""
+"""metrics.jsonl, and its cut on resume."""
 
 import json
 import math
 import os
-import struct
-import sys
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 from pydantic import ValidationError
-from tensorboardX.proto.event_pb2 import Event
 
 from judges.errors import UserError
 from pipeline.dashboards import WandbOptions
 from pipeline.tracking import ROUND_KEYS, UPDATE_KEYS, Tracker, TrackingOptions, metrics
-
-FILE_ONLY = TrackingOptions(tensorboard=False)
-STAGES = ("generate", "judge", "learn", "sync", "idle")
-REASONS = ("tie", "invalid", "identical", "margin", "truncated")
-
-
-def an_update(**values: Any) -> dict[str, Any]:
-    return dict.fromkeys(UPDATE_KEYS, 0.5) | values
-
-
-def a_round(**values: Any) -> dict[str, Any]:
-    nested = {"dropped": dict.fromkeys(REASONS, 1), "seconds": dict.fromkeys(STAGES, 0.25)}
-    return dict.fromkeys(ROUND_KEYS, 2) | nested | values
-
-
-def an_evaluation(**values: Any) -> dict[str, Any]:
-    return {
-        "judge": "sentiment",
-        "win": 3,
-        "tie": 1,
-        "loss": 2,
-        "win_rate": 3.5 / 6,
-        "win_rate_ci": (0.25, 0.75),
-        "quality": 0.5,
-        "quality_baseline": 0.25,
-        "kl_to_reference": None,
-    } | values
-
-
-def scalars(directory: Path) -> list[tuple[str, int, float]]:
-    """(tag, step, value) of every scalar in a directory's event files, in order.
-
-    A record is its length (8 bytes), a checksum (4), an Event, a checksum (4).
-    """
-    found = []
-    for file in sorted(directory.glob("events.out.tfevents.*")):
-        data = file.read_bytes()
-        while data:
-            (length,) = struct.unpack("<Q", data[:8])
-            event = Event.FromString(data[12 : 12 + length])
-            data = data[16 + length :]
-            found += [(v.tag, event.step, v.simple_value) for v in event.summary.value]
-    return found
+from tests.record_helpers import FILE_ONLY, a_round, an_evaluation, an_update
 
 
 def test_lines_say_which_update_and_round_they_belong_to(tmp_path: Path) -> None:
@@ -230,41 +184,6 @@ def test_cut_to_nothing(tmp_path: Path) -> None:
     assert [record["update"] for record in metrics(tmp_path)] == [1]
 
 
-def test_tensorboard_has_every_number_over_updates(tmp_path: Path) -> None:
-    tracker = Tracker(tmp_path, TrackingOptions())
-    tracker.update(an_update(loss=0.75, margin=None))
-    tracker.round(a_round(dropped={"tie": 4, "invalid": None}))
-    tracker.evaluation(an_evaluation())
-    tracker.close()
-    found = {tag: (step, value) for tag, step, value in scalars(tmp_path / "tensorboard")}
-    assert found["update/loss"] == (1, 0.75)
-    assert found["round/dropped/tie"] == (1, 4.0)
-    assert found["round/seconds/idle"] == (1, 0.25)
-    assert found["evaluation/sentiment/quality_baseline"] == (1, 0.25)
-    assert found["evaluation/sentiment/win_rate_ci/low"] == (1, 0.25)
-    assert found["evaluation/sentiment/win_rate_ci/high"] == (1, 0.75)
-    absent = {"update/margin", "update/schema", "update/update", "round/dropped/invalid"}
-    assert not absent & set(found)
-
-
-def test_cut_rebuilds_tensorboard_so_that_nothing_is_doubled(tmp_path: Path) -> None:
-    tracker = Tracker(tmp_path, TrackingOptions())
-    tracker.update(an_update(loss=1))
-    tracker.update(an_update(loss=2))
-    checkpoint = tracker.position()
-    tracker.update(an_update(loss=30))
-    tracker.close()
-    (events,) = (tmp_path / "tensorboard").iterdir()
-    events.rename(events.with_name("events.out.tfevents.1.yesterday"))  # its name is the time
-
-    tracker = Tracker(tmp_path, TrackingOptions())
-    tracker.cut(checkpoint)
-    tracker.update(an_update(loss=3))
-    tracker.close()
-    losses = [entry for entry in scalars(tmp_path / "tensorboard") if entry[0] == "update/loss"]
-    assert losses == [("update/loss", 1, 1.0), ("update/loss", 2, 2.0), ("update/loss", 3, 3.0)]
-
-
 def test_without_tensorboard_there_is_no_directory(tmp_path: Path) -> None:
     Tracker(tmp_path, FILE_ONLY).update(an_update())
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
@@ -284,87 +203,6 @@ def test_listeners_get_what_was_written(tmp_path: Path) -> None:
     tracker.round(a_round())
     assert ears.heard == list(metrics(tmp_path))
     assert ears.heard[0]["loss"] is None
-
-
-class FakeWandb(ModuleType):
-    """As much of wandb as is used: ``init`` gives a run that logs into ``logged``."""
-
-    class Error(Exception):
-        pass
-
-    def __init__(self, failure: str | None = None) -> None:
-        super().__init__("wandb")
-        self.failure = failure
-        self.started: list[dict[str, Any]] = []
-        self.logged: list[tuple[int, dict[str, Any]]] = []
-        self.finished = 0
-
-    def init(self, **arguments: Any) -> "FakeWandb":
-        if self.failure is not None:
-            raise self.Error(self.failure)
-        self.started.append(arguments)
-        return self
-
-    def define_metric(self, name: str, step_metric: str) -> None:
-        assert (name, step_metric) == ("*", "update")
-
-    def log(self, values: dict[str, Any], step: int) -> None:
-        self.logged.append((step, values))
-
-    def finish(self) -> None:
-        self.finished += 1
-
-
-WANDB = TrackingOptions(tensorboard=False, wandb=WandbOptions(project="pairs", mode="offline"))
-
-
-def test_wandb_gets_one_run_over_a_resume_and_the_line_as_step(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fake = FakeWandb()
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    run_dir = tmp_path / "quickstart"
-    run_dir.mkdir()
-    tracker = Tracker(run_dir, WANDB)
-    tracker.update(an_update(loss=1))
-    checkpoint = tracker.position()
-    tracker.round(a_round())
-    tracker.close()
-    tracker = Tracker(run_dir, WANDB)
-    tracker.cut(checkpoint)
-    tracker.round(a_round())
-    tracker.close()
-
-    assert [step for step, _ in fake.logged] == [1, 2, 2]
-    assert fake.logged[0][1]["update/loss"] == 1
-    assert fake.logged[0][1]["update"] == 1
-    first, second = fake.started
-    assert first == second
-    assert len(first["id"]) == 32
-    assert (first["project"], first["name"], first["mode"]) == ("pairs", "quickstart", "offline")
-    assert (first["dir"], first["resume"]) == (str(run_dir), "allow")
-    assert fake.finished == 2
-
-
-@pytest.mark.parametrize("module", [None, ModuleType("wandb")])
-def test_wandb_that_is_not_installed_is_named_with_the_remedy(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: ModuleType | None
-) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", module)
-    with pytest.raises(UserError, match=r'pip install "freshpairs\[wandb\]"'):
-        Tracker(tmp_path, WANDB)
-
-
-def test_wandb_that_does_not_let_us_in_is_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", FakeWandb("No API key.\nLog in."))
-    with pytest.raises(UserError) as raised:
-        Tracker(tmp_path, WANDB)
-    assert str(raised.value) == (
-        "tracking.wandb.project=pairs: No API key. Log in; "
-        "`wandb login`, or set tracking.wandb.mode=offline"
-    )
 
 
 def test_options_refuse_what_they_do_not_know() -> None:

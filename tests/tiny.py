@@ -48,7 +48,8 @@ WORDS = [
 JUDGE = '''
 def score(prompts, completions, **columns):
     """How often the completion says "a", minus its share of "b": fractions, so ties are rare."""
-    return [c.split().count("a") - c.split().count("b") / (1 + len(c.split())) for c in completions]
+    words = [c.split() for c in completions]
+    return [w.count("a") - w.count("b") / (1 + len(w)) for w in words]
 '''
 
 

@@ -14,7 +14,7 @@ class PolicyOptions(BaseModel):
 
     model: str = Field(
         default="stories15M",
-        description="A directory in Hugging Face format, a model of `freshpairs fetch`, or a hub id",
+        description="A directory in Hugging Face format, a model of `freshpairs fetch`, a hub id",
     )
     dtype: Literal["float32"] = Field(
         default="float32", description="Precision of weights and computation"

@@ -174,8 +174,16 @@ class TransformersGenerator:
             logprobs=logprobs,
             sampling_logprobs=sampling if self._reshapes() else None,
             finished=row.finished,
-            text=self._tokenizer.decode(row.ids, skip_special_tokens=True),
+            text=self._text(row.prompt.ids, row.ids),
         )
+
+    def _text(self, prompt_ids: IntArray, ids: list[int]) -> str:
+        """The completion as it stands after its prompt: decoded alone it may lose a first space."""
+        before = self._tokenizer.decode(prompt_ids, skip_special_tokens=True)
+        both = self._tokenizer.decode([*prompt_ids.tolist(), *ids], skip_special_tokens=True)
+        if both.startswith(before):
+            return str(both[len(before) :])
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
     def _reshapes(self) -> bool:
         options = self._sampling

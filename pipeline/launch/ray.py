@@ -79,7 +79,6 @@ def ray_crew(plan: CrewPlan) -> Iterator[Crew]:
             include_dashboard=False,
             log_to_driver=False,
             logging_level="ERROR",
-            configure_logging=False,
         )
     try:
         actors = {worker.name: _start(worker) for worker in plan.workers}

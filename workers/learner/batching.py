@@ -14,7 +14,7 @@ from workers.messages import BatchCompletion, BatchPair
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PaddedRows:
-    """Completions as the model reads them: ``ids`` [B, T] padded right; where each begins; tokens."""
+    """Completions as the model reads them: ids [B, T] padded right, each one's start and tokens."""
 
     ids_BT: Tensor
     starts_B: Tensor

@@ -132,7 +132,8 @@ class Learner:
         for rows, pairs in rows_by_tokens(
             batch.completions, batch.pairs, self._options.tokens_per_micro_batch
         ):
-            self._accumulate(batch, rows, [batch.pairs[p] for p in pairs], statistics)
+            if pairs:
+                self._accumulate(batch, rows, [batch.pairs[p] for p in pairs], statistics)
         gradient_norm = None
         if batch.pairs:
             gradient_norm = self._step(rate)

@@ -94,7 +94,9 @@ def _hugging_face_name(gguf_name: str) -> str:
 
 
 def _tokenizer(fields: dict[str, Any]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with single digits: ``tokenizer.ggml.pre`` is ``smollm``."""
+    """Byte-level BPE with single digits: what llama.cpp does where ``tokenizer.ggml.pre`` is
+    ``smollm``.
+    """
     tokens: list[str] = fields["tokenizer.ggml.tokens"]
     tokenizer = Tokenizer(
         models.BPE(

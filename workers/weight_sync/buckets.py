@@ -112,8 +112,8 @@ def _checksum_of_all(buckets: list[Bucket]) -> str:
 def unpack_into(push: WeightPush, tensors: Mapping[str, torch.Tensor]) -> None:
     """Copy a push into tensors of the same names and shapes, in place.
 
-    Raises SyncError if a bucket's bytes do not match its checksum (nothing is copied then), or if
-    the names or shapes differ.
+    Raises SyncError, before anything is copied, if a bucket's bytes do not match its checksum or
+    if the names or shapes differ.
     """
     import torch
 
@@ -129,18 +129,21 @@ def unpack_into(push: WeightPush, tensors: Mapping[str, torch.Tensor]) -> None:
         raise SyncError(
             f"weight push of version {push.version}: tensors missing {missing}, unknown {unknown}"
         )
-    for bucket in push.buckets:
-        for slot in bucket.slots:
-            target = tensors[slot.name]
-            if tuple(target.shape) != slot.shape:
-                raise SyncError(
-                    f"weight push of version {push.version}: {slot.name} has shape {slot.shape}, "
-                    f"the generator's has {tuple(target.shape)}"
-                )
-            raw = bucket.data[slot.offset : slot.offset + slot.size]
-            typed = torch.frombuffer(bytearray(raw), dtype=getattr(torch, slot.dtype))
-            with torch.no_grad():
-                target.copy_(typed.view(slot.shape))
+    places = [(bucket.data, slot) for bucket in push.buckets for slot in bucket.slots]
+    for _, slot in places:
+        shape = tuple(tensors[slot.name].shape)
+        if shape != slot.shape:
+            raise SyncError(
+                f"weight push of version {push.version}: {slot.name} has shape {slot.shape}, "
+                f"the generator's has {shape}"
+            )
+    for data, slot in places:
+        if not slot.size:
+            continue  # torch makes no tensor of an empty buffer
+        raw = data[slot.offset : slot.offset + slot.size]
+        typed = torch.frombuffer(bytearray(raw), dtype=getattr(torch, slot.dtype))
+        with torch.no_grad():
+            tensors[slot.name].copy_(typed.view(slot.shape))
 
 
 def receipt_of(tensors: Mapping[str, torch.Tensor], push: WeightPush) -> Receipt:

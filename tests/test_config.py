@@ -1,0 +1,419 @@
+"""Configs: what is shipped loads, what is wrong is told in one line with value and remedy."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from judges.errors import UserError
+from pipeline.config import Config, load_config, parse_config, threads_of
+from pipeline.run_directory import create_run_directory, read_run_config
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+SHIPPED = sorted((CHECKOUT / "configs").rglob("*.yaml"))
+DESIGN = CHECKOUT.parent / "shared" / "DESIGN.md"
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """A config with a section in each form that the tests below change."""
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "run: {name: mine, updates: 12}\n"
+        "prompts: {path: configs/data/story_openings.jsonl}\n"
+        "objective:\n"
+        "  beta: 0.1\n"
+    )
+    return path
+
+
+def mistakes(file: Path, *overrides: str) -> list[str]:
+    """The lines of the error, without the config's name in front."""
+    with pytest.raises(UserError) as caught:
+        load_config(file, overrides)
+    lines = str(caught.value).split("\n")
+    assert all(line.startswith(f"{file}: ") for line in lines)
+    return [line.removeprefix(f"{file}: ") for line in lines]
+
+
+def mistake(file: Path, *overrides: str) -> str:
+    (line,) = mistakes(file, *overrides)
+    return line
+
+
+def refused(path: Path, *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load_config(path, overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# --- what loads ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_every_shipped_config_loads_from_anywhere(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cfg = load_config(path)
+    assert cfg.prompts.path is not None
+    assert Path(cfg.prompts.path).is_file()
+    assert cfg.run_dir == tmp_path / "runs" / cfg.run.name
+    assert cfg.run.name == path.stem
+
+
+def test_configs_are_shipped():
+    assert "quickstart.yaml" in [path.name for path in SHIPPED]
+
+
+@pytest.mark.skipif(not DESIGN.is_file(), reason=f"no {DESIGN}: it is not part of the repository")
+def test_the_contracts_config_loads(tmp_path):
+    (block,) = re.findall(r"^```yaml\n(.*?)^```", DESIGN.read_text(), re.DOTALL | re.MULTILINE)
+    path = tmp_path / "contract.yaml"
+    path.write_text(block.replace("path: …", "path: configs/data/story_openings.jsonl"))
+    cfg = load_config(path)
+    written = yaml.safe_load(path.read_text())
+    assert set(written) == set(Config.model_fields)
+    assert cfg.learner.learning_rate == 2e-5
+    assert cfg.sampling.max_new_tokens == 64
+    assert cfg.resampling.replay == [1.0]
+    assert cfg.evaluation.prompts is not None
+    assert cfg.evaluation.prompts.split == "heldout"
+
+
+def test_every_default_is_described():
+    def undescribed(model: Any, where: str) -> list[str]:
+        found = []
+        for name, field in model.model_fields.items():
+            if isinstance(field.annotation, type) and hasattr(field.annotation, "model_fields"):
+                found += undescribed(field.annotation, f"{where}{name}.")
+            elif not field.description:
+                found.append(f"{where}{name}")
+        return found
+
+    assert undescribed(Config, "") == []
+
+
+def test_overrides_reach_any_key(file):
+    cfg = load_config(
+        file,
+        [
+            "learner.learning_rate=1e-5",
+            "resampling.updates_per_round=.inf",
+            "run.seed=7",
+            "evaluation.judges=[polarity, sentiment]",
+            "evaluation.prompts.path=configs/data/story_openings.jsonl",
+            "judge.args={a: {b: 1e-3}, c: '1e-3'}",
+            "judge.args.a.d=null",
+            "tracking.tensorboard=false",
+            "objective.beta=0.25",
+        ],
+    )
+    assert cfg.learner.learning_rate == 1e-5
+    assert cfg.resampling.updates_per_round == math.inf
+    assert cfg.run.seed == 7
+    assert cfg.evaluation.judges == ["polarity", "sentiment"]
+    assert cfg.evaluation.prompts is not None
+    assert cfg.evaluation.prompts.split == "heldout"
+    assert cfg.judge.args == {"a": {"b": 1e-3, "d": None}, "c": "1e-3"}
+    assert cfg.tracking.tensorboard is False
+    assert cfg.objective.beta == 0.25
+    assert cfg.run.updates == 12
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("2e-5", 2e-5), ("2.0e-5", 2e-5), ("1E3", 1e3), ("3", 3.0), (".5e-1", 0.05)]
+)
+def test_exponents_without_a_point_are_numbers(file, text, value):
+    file.write_text(file.read_text() + f"learner:\n  learning_rate: {text}\n")
+    assert load_config(file).learner.learning_rate == value
+    assert load_config(file, [f"learner.learning_rate={text}"]).learner.learning_rate == value
+
+
+def test_files_are_found_beside_the_config_or_in_the_cwd_and_become_absolute(
+    file, tmp_path, monkeypatch
+):
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "model").mkdir(parents=True)
+    (elsewhere / "rules.py").write_text("")
+    (tmp_path / "judge.py").write_text("")
+    (tmp_path / "prompts.jsonl").write_text("")
+    monkeypatch.chdir(elsewhere)
+    cfg = load_config(
+        file,
+        [
+            "judge.name=judge.py:score",
+            "pairing.strategy=rules.py:pairs",
+            "objective.name=../judge.py:loss",
+            "evaluation.judges=[polarity, judge.py:other, installed.module:fn]",
+            "evaluation.prompts.path=prompts.jsonl",
+            "prompts.path=openai/gsm8k",
+            "policy.model=model",
+        ],
+    )
+    assert cfg.judge.name == f"{tmp_path}/judge.py:score"
+    assert cfg.pairing.strategy == f"{elsewhere}/rules.py:pairs"
+    assert cfg.objective.name == f"{tmp_path}/judge.py:loss"
+    assert cfg.evaluation.judges == [
+        "polarity",
+        f"{tmp_path}/judge.py:other",
+        "installed.module:fn",
+    ]
+    assert cfg.evaluation.prompts is not None
+    assert cfg.evaluation.prompts.path == f"{tmp_path}/prompts.jsonl"
+    assert cfg.prompts.path == "openai/gsm8k"
+    assert cfg.policy.model == f"{elsewhere}/model"
+    assert cfg.run_dir == elsewhere / "runs" / "mine"
+
+
+def test_a_mixtures_files_become_absolute(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_text("")
+    monkeypatch.chdir("/")
+    raw = {"prompts": {"mixture": [{"path": "a.jsonl", "weight": 2}, {"path": "some/dataset"}]}}
+    mixture = parse_config(raw, base=tmp_path).prompts.mixture
+    assert [source.path for source in mixture] == [f"{tmp_path}/a.jsonl", "some/dataset"]
+    assert mixture[0].weight == 2.0
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["resampling.updates_per_round=.inf", "resampling.rounds_in_flight=2"],
+        ["learner.learning_rate=3e-7", "run.name='1e5'", "judge.args={a: [1e-9, null, '1e5']}"],
+        ["objective.name=mine.py:loss", "objective.args={slope: .inf}"],
+        ["prompts={mixture: [{path: mine.py}, {path: a/b, weight: 0.25}]}"],
+        ["evaluation.prompts={path: mine.py, column: text}", "tracking.wandb={project: p}"],
+    ],
+)
+def test_the_run_directory_gives_the_config_back(file, tmp_path, monkeypatch, overrides):
+    (tmp_path / "mine.py").write_text("")
+    cfg = load_config(file, [f"run.dir={tmp_path}/run", *overrides])
+    create_run_directory(cfg, {"generator": 1, "learner": 2})
+    monkeypatch.chdir("/")
+    again, environment = read_run_config(tmp_path / "run")
+    assert again == cfg
+    assert environment["threads"] == {"generator": 1, "learner": 2}
+    assert type(again.resampling.updates_per_round) is type(cfg.resampling.updates_per_round)
+
+
+def test_a_recorded_config_takes_overrides_and_may_have_moved(file, tmp_path):
+    create_run_directory(load_config(file, [f"run.dir={tmp_path}/run"]), {"generator": 1})
+    (tmp_path / "run").rename(tmp_path / "moved")
+    cfg, _ = read_run_config(tmp_path / "moved", ["evaluation.judges=[polarity]", "run.updates=3"])
+    assert cfg.run_dir == tmp_path / "moved"
+    assert cfg.evaluation.judges == ["polarity"]
+    assert cfg.run.updates == 3
+    assert cfg.run.name == "mine"
+
+
+def test_a_run_is_never_overwritten(file, tmp_path):
+    cfg = load_config(file, [f"run.dir={tmp_path}/run"])
+    create_run_directory(cfg, {})
+    with pytest.raises(UserError, match=f"^run.dir={tmp_path}/run: already exists; .* resume "):
+        create_run_directory(cfg, {})
+    with pytest.raises(UserError, match=r"elsewhere: not a run directory .it has no config\.yaml"):
+        read_run_config(tmp_path / "elsewhere")
+
+
+# --- what is wrong ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "hint"),
+    [
+        ("objektive.beta=1", "objektive", "did you mean 'objective'?"),
+        ("objective.betta=1", "objective.betta", "did you mean 'beta'?"),
+        ("resampling.early.kl_abov=1", "resampling.early.kl_abov", "did you mean 'kl_above'?"),
+        ("evaluation.prompts={pth: x}", "evaluation.prompts.pth", "did you mean 'path'?"),
+        ("prompts={mixture: [{pth: x}]}", "prompts.mixture[0].pth", "did you mean 'path'?"),
+        ("checkpoint.xyz=1", "checkpoint.xyz", "known: every, keep"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest(file, override, key, hint):
+    assert mistake(file, override) == f"{key}: unknown key; {hint}"
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("run.updates=ten", "must be a whole number — Optimizer steps"),
+        ("run.updates=1.5", "must be a whole number — Optimizer steps"),
+        ("run.updates=0", "must be greater than or equal to 1 — Optimizer steps"),
+        ("run.name=12", "must be text (in quotes where it looks like a number) — Name of the run"),
+        ("objective=dpo", "must be a mapping of keys to values"),
+        ("objective.beta=0", "must be greater than 0 — Strength of the pull towards the reference"),
+        ("objective.beta=nan", "must be greater than 0 — Strength of the pull"),
+        (
+            "objective.name=dop",
+            "no such objective; did you mean 'dpo'? (your own: path/to/file.py:",
+        ),
+        ("learner.learning_rate=1e-5x", "must be a number — Peak learning rate"),
+        ("learner.threads=few", "must be a whole number or 'auto' — CPU threads; auto = its fair"),
+        ("sampling.top_p=2", "must be less than or equal to 1 — Keep the smallest set of tokens"),
+        ("sampling.truncated=cut", "must be 'train', 'mask' or 'drop' — A completion cut at "),
+        ("tracking.tensorboard=7", "must be true or false — Write scalars"),
+        ("evaluation.judges=polarity", "must be a list — Judges besides the training judge"),
+        ("judge.args=[1]", "must be a mapping of keys to values — Keyword arguments"),
+        ("resampling.updates_per_round=0", "a whole number from 1, or .inf"),
+        ("resampling.updates_per_round=1.5", "a whole number from 1, or .inf"),
+        ("resampling.updates_per_round=often", "must be a whole number or a number — Updates fed"),
+        ("resampling.passes=13", "more than run.updates=12; a round cannot be passed over that"),
+        # What is not built yet says so.
+        ("resampling.replay=[0.5, 0.5]", "earlier rounds cannot be mixed in yet; use [1.0]"),
+        ("resampling.correction=importance", "must be 'none' — Off-policy weights (not built yet)"),
+        ("resampling.early.ess_below=0.5", "must be null — Not built yet"),
+        ("resampling.early.kl_above=5", "must be null — Not built yet"),
+        ("drift.stop.kl=high", "must be a number — Not built yet"),
+        ("policy.lora=rank8", "must be null — Adapters are not built yet: full weights only"),
+        ("learner.workers=2", "must be 1 — Learner processes (only one is built yet)"),
+        ("learner.gpus=1", "must be 0 — GPUs of each (only CPU is built yet)"),
+        ("generator.gpus=1", "must be 0 — GPUs of each (only CPU is built yet)"),
+        ("generator.backend=vllm", "must be 'auto' or 'transformers' — Sampling engine; auto = "),
+        ("reference.update=ema", "must be 'frozen' — frozen: the starting model, for the whole"),
+        ("cluster.address=auto", "must be 'local' or 'inline' — local = Ray on this machine; "),
+    ],
+)
+def test_a_wrong_value_is_told_with_what_it_must_be(file, override, said):
+    assert mistake(file, override.replace("=nan", "=.nan")).startswith(f"{override}: {said}")
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("run.name=", "run.name=null: must be text "),
+        ("run.name=''", "run.name=: must be non-empty — Name of the run"),
+        ("prompts=", "prompts=null: must be a mapping of keys to values"),
+        ("prompts={}", "prompts: give either path or mixture"),
+        ("prompts={mixture: [{path: a, weight: 0}]}", "prompts.mixture[0].weight=0: must be gre"),
+        ("evaluation.judges=[x, 1]", "evaluation.judges[1]=1: must be text "),
+        ("policy.lora=true", "policy.lora=true: must be null — "),
+        ("tracking.wandb={}", "tracking.wandb.project: missing — Weights & Biases project"),
+        ("drift.warn={kl: 5}", "drift.warn={'kl': 5}: must be empty — Not built yet"),
+        ("drift.resample.kl=5", "drift.resample={'kl': 5}: must be empty — Not built yet"),
+        ("policy.lora={r: 8}", "policy.lora={'r': 8}: must be null — Adapters are not built yet"),
+        ("generator.engine={a: 1}", "generator.engine={'a': 1}: must be empty — Engine arguments"),
+        ("reference.update={ema: 0.9}", "reference.update={'ema': 0.9}: must be 'frozen' — "),
+        ("resampling.early={ess_below: 1}", "resampling.early.ess_below=1: must be null — Not b"),
+        # A long value is cut, a broken one is joined: a mistake has one line.
+        (f"run.name=[{60 * 'x'}]", f"run.name=['{55 * 'x'}…: must be text "),
+        ('judge.link="a\\nb"', "judge.link=a b: must be 'hard' — "),
+    ],
+)
+def test_a_wrong_value_is_shown_as_in_yaml(file, override, said):
+    assert mistake(file, override).startswith(said)
+
+
+def test_a_pair_needs_two_completions(file):
+    said = "sampling.completions_per_prompt=1: a pair needs at least 2"
+    assert mistakes(file, "sampling.completions_per_prompt=1") == [said]
+
+
+def test_each_mistake_has_its_line(file):
+    assert mistakes(
+        file, "lerner.workers=2", "learner.workers=2", "resampling.updates_per_round=x", "run=3"
+    ) == [
+        "run=3: must be a mapping of keys to values",
+        "resampling.updates_per_round=x: must be a whole number or a number — Updates fed by one "
+        "sampling: 1 is on-policy, .inf samples once",
+        "learner.workers=2: must be 1 — Learner processes (only one is built yet)",
+        "lerner: unknown key; did you mean 'learner'?",
+    ]
+
+
+def test_prompts_are_needed(tmp_path):
+    (tmp_path / "c.yaml").write_text("run: {name: x}\n")
+    assert mistake(tmp_path / "c.yaml").startswith("prompts: missing")
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("run.updates.foo=1", "run.updates.foo=1: run.updates is a value, not a section"),
+        ("run.updates:3", "run.updates:3: an override has the form key.path=value"),
+        ("=3", "=3: an override has the form key.path=value"),
+        ("run..updates=3", "run..updates=3: an override has the form key.path=value"),
+        ("run.updates=[1", "run.updates=[1: not valid YAML: "),
+    ],
+)
+def test_an_override_that_is_none(file, override, said):
+    assert refused(file, override).startswith(said)
+
+
+def test_a_plugin_file_that_is_not_there(file, tmp_path, monkeypatch):
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+    for key in ("judge.name", "objective.name", "pairing.strategy"):
+        said = f"{key}=no.py:f: no file no.py in {tmp_path} or {tmp_path}/cwd: "
+        assert refused(file, f"{key}=no.py:f").startswith(said)
+    said = f"evaluation.judges=no.py:f: no file no.py in {tmp_path} or {tmp_path}/cwd: "
+    assert refused(file, "evaluation.judges=[polarity, no.py:f]").startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("run: [1", "not valid YAML: while parsing a flow sequence"),
+        ("run:\n\tname: x", "not valid YAML: "),
+        ("", "a config is a mapping of sections (run:, policy:, …)"),
+        ("- run", "a config is a mapping of sections (run:, policy:, …)"),
+        ("just words", "a config is a mapping of sections (run:, policy:, …)"),
+    ],
+)
+def test_a_file_that_is_no_config(tmp_path, text, said):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    assert refused(path).startswith(f"{path}: {said}")
+
+
+def test_a_binary_file_is_no_config(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_bytes(b"\xff\xfe\x00\x81")
+    assert refused(path).startswith(f"{path}: not valid YAML: ")
+
+
+def test_a_missing_file_names_the_nearest(file, tmp_path):
+    (tmp_path / "notes.txt").write_text("")
+    assert refused(tmp_path / "mne.yaml") == (
+        f"{tmp_path}/mne.yaml: no such config file; did you mean {file}?"
+    )
+    assert refused(tmp_path / "other.toml") == f"{tmp_path}/other.toml: no such config file"
+    assert refused(tmp_path / "no" / "a.yaml") == f"{tmp_path}/no/a.yaml: no such config file"
+
+
+# --- threads ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("in_flight", "replicas", "threads", "cores", "expected"),
+    [
+        # Taking turns: all cores for both, generators share theirs.
+        (0, 1, ("auto", "auto"), 8, (8, 8)),
+        (0, 3, ("auto", "auto"), 8, (2, 8)),
+        (0, 4, ("auto", "auto"), 2, (1, 2)),
+        (0, 1, ("auto", "auto"), 1, (1, 1)),
+        # Overlapping: half the cores each, never none.
+        (1, 1, ("auto", "auto"), 8, (4, 4)),
+        (1, 2, ("auto", "auto"), 8, (2, 4)),
+        (2, 1, ("auto", "auto"), 7, (3, 4)),
+        (1, 1, ("auto", "auto"), 2, (1, 1)),
+        (1, 1, ("auto", "auto"), 1, (1, 1)),
+        # What is given is given.
+        (0, 2, (5, "auto"), 8, (5, 8)),
+        (1, 2, ("auto", 7), 8, (2, 7)),
+        (1, 1, (3, 9), 2, (3, 9)),
+    ],
+)
+def test_threads_by_hand(in_flight, replicas, threads, cores, expected):
+    raw = {
+        "prompts": {"path": "x.jsonl"},
+        "resampling": {"rounds_in_flight": in_flight},
+        "generator": {"replicas": replicas, "threads": threads[0]},
+        "learner": {"threads": threads[1]},
+    }
+    assert threads_of(parse_config(raw, base=Path()), cores) == expected
