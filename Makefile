@@ -5,6 +5,7 @@ PIP_ARGS ?=
 BIN      := .venv/bin
 CORE     := .venv/.installed
 DEV      := .venv/.installed-dev
+BENCH    := .venv/.installed-bench
 
 .PHONY: help quickstart install test test-slow check bench clean
 
@@ -30,7 +31,7 @@ check: $(DEV)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(CORE)
+bench: $(BENCH)
 	$(BIN)/python benchmarks/end_to_end.py
 
 $(CORE): pyproject.toml
@@ -40,6 +41,10 @@ $(CORE): pyproject.toml
 
 $(DEV): $(CORE) pyproject.toml
 	$(BIN)/pip install --quiet $(PIP_ARGS) --editable ".[dev]"
+	@touch $@
+
+$(BENCH): $(CORE) pyproject.toml
+	$(BIN)/pip install --quiet $(PIP_ARGS) --editable ".[bench]"
 	@touch $@
 
 clean:

@@ -87,20 +87,17 @@ def _freshpairs(updates: int) -> Measured:
     rounds: list[dict[str, Any]] = []
     ends: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
-        run_dir, log_path = Path(folder, "run"), Path(folder, "log")
+        run_dir = Path(folder, "run")
         command = [sys.executable, "-m", "pipeline.cli", "train", str(CONFIG), f"run.dir={run_dir}"]
         command += [f"run.updates={updates}", "evaluation.prompts=null", "checkpoint.every=1000"]
-        with (
-            log_path.open("w") as log,
-            subprocess.Popen(command, cwd=CHECKOUT, stdout=log, stderr=log) as child,
-        ):
+        with subprocess.Popen(command, cwd=CHECKOUT, stdout=subprocess.DEVNULL) as child:
             while child.poll() is None:
                 time.sleep(0.02)
                 records = metrics(run_dir) if (run_dir / METRICS_FILE).is_file() else ()
                 rounds = [record for record in records if record["kind"] == "round"]
                 ends += [time.perf_counter()] * (len(rounds) - len(ends))
         if child.returncode or len(ends) != updates:
-            sys.exit(f"freshpairs train failed:\n{log_path.read_text()[-4000:]}")
+            sys.exit(f"freshpairs train stopped (exit {child.returncode}) after round {len(ends)}")
     counted, wall = rounds[1:], ends[-1] - ends[0]
     spent = {stage: sum(r["seconds"][stage] for r in counted) for stage in STAGES[:-1]}
     tokens = sum(r["completions"] * r["length_mean"] for r in counted)
@@ -116,8 +113,7 @@ def _child(side: str, updates: int, batch: int | None = None) -> Measured:
     done = subprocess.run(command, env=environment, cwd=CHECKOUT, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{side} failed:\n{done.stderr[-4000:]}")
-    measured: Measured = json.loads(done.stdout.splitlines()[-1])
-    return measured
+    return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
 def _trl(options: argparse.Namespace) -> Measured:
@@ -197,7 +193,6 @@ def _trl(options: argparse.Namespace) -> Measured:
 def _machine(options: argparse.Namespace) -> Measured:
     """The float32 GEMM ceiling, and the sizes that tell how much work an update is."""
     import torch
-
     from torch.utils.benchmark import Timer
 
     from workers.models.load import load_policy

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,13 +47,8 @@ class Judge:
     bound: frozenset[str]
     key: str
 
-    def ask(self, columns: Mapping[str, Sequence[Any]], **texts: Sequence[Text]) -> Any:
-        """What the judge returns, unread: an awaitable if it is asynchronous.
-
-        ``texts`` are ``prompts`` and ``completions``, or ``prompts``, ``first`` and ``second``;
-        they and the columns are lists of one length. An arg goes before a column of its name.
-        Raises UserError for a column that the signature needs and the prompts lack.
-        """
+    def require(self, columns: Collection[str]) -> None:
+        """Raise UserError for a column that the signature needs and the prompts lack."""
         for name in self.needs:
             if name not in columns:
                 raise UserError(
@@ -61,6 +56,15 @@ class Judge:
                     f"{', '.join(columns) or 'no columns'}{nearest(name, columns)}: "
                     f"add the column, or give {args_key(self.key)}.{name}"
                 )
+
+    def ask(self, columns: Mapping[str, Sequence[Any]], **texts: Sequence[Text]) -> Any:
+        """What the judge returns, unread: an awaitable if it is asynchronous.
+
+        ``texts`` are ``prompts`` and ``completions``, or ``prompts``, ``first`` and ``second``;
+        they and the columns are lists of one length. An arg goes before a column of its name.
+        Raises UserError where ``require`` does.
+        """
+        self.require(columns)
         offered = {n: v for n, v in columns.items() if n not in self.bound} | texts
         if self.accepts is not None:
             offered = {n: v for n, v in offered.items() if n in self.accepts}

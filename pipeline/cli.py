@@ -136,14 +136,18 @@ def main() -> None:
     try:
         app()
     except UserError as mistake:
-        _complain(str(mistake))
+        _complain(_with_notes(mistake))
         sys.exit(EXIT_MISTAKE)
     except Stopped as stopped:
         typer.echo(f"{stopped}: go on with `freshpairs resume {stopped.run_dir}`", err=True)
         sys.exit(EXIT_STOPPED)
     except (JudgeFailed, SyncError, FloatingPointError) as failure:
-        _complain(f"the run failed: {failure}")
+        _complain(f"the run failed: {_with_notes(failure)}")
         sys.exit(EXIT_FAILURE)
+
+
+def _with_notes(error: Exception) -> str:
+    return "\n".join([str(error), *getattr(error, "__notes__", [])])
 
 
 def _complain(message: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from datetime import datetime
@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from judges.build import build_judge
 from judges.errors import UserError
 from judges.plugins import is_plugin, load_plugin
 from pipeline import loop
@@ -32,7 +31,7 @@ from pipeline.prompts import PromptEncoder, PromptStream
 from pipeline.report import Sample
 from pipeline.rollout import Rollout
 from pipeline.run_directory import create_run_directory, read_run_config, refuse_existing_run
-from pipeline.stopping import Stop
+from pipeline.stopping import Stop, Stopped
 from pipeline.sync import PROBE_PROMPT_TOKENS, WeightSync
 from pipeline.tracking import Tracker, metrics
 from workers.messages import IntArray, Prompt
@@ -118,9 +117,11 @@ def _run(
 ) -> RunResult:
     plan = plan_crew(cfg, threads["generator"], threads["learner"])
     with ExitStack() as stack:
+        stack.push(_say_how_to_resume(cfg))
         progress = stack.enter_context(_progress(cfg, quiet))
         progress.say(f"starting {len(plan.workers)} workers ({cfg.cluster.address}) …")
         crew = stack.enter_context(start_crew(cfg, plan))
+        crew.judge.submit("check", inputs.prompts.take(0, 8) + inputs.held_out[:1]).result()
         if new:
             create_run_directory(cfg, threads)
         learner = RemoteLearner(crew.learner)
@@ -158,6 +159,17 @@ def _run(
 def checkpoints_of(cfg: Config) -> Checkpoints:
     """The run's checkpoints."""
     return Checkpoints(cfg.run_dir / "checkpoints", cfg.checkpoint.every, cfg.checkpoint.keep)
+
+
+def _say_how_to_resume(cfg: Config) -> Callable[..., None]:
+    """On the way out of a failed run: what was written, and how to go on from it."""
+
+    def exit_(kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        expected = isinstance(error, UserError | Stopped) or not isinstance(error, Exception)
+        if error is not None and not expected and cfg.run_dir.is_dir():
+            error.add_note(f"nothing is lost: `freshpairs resume {cfg.run_dir}` goes on from here")
+
+    return exit_
 
 
 def _go_back(cursor: Cursor, drift: Drift, tracker: Tracker) -> None:
@@ -252,8 +264,9 @@ def _check_inputs(cfg: Config) -> _Inputs:
         )
         stream.check()
         held_out = stream.take(0, min(cfg.evaluation.count, len(stream)))
-    for name, options in judges_of(cfg).items():
-        build_judge(name, options.args)
+    for name in judges_of(cfg):
+        if is_plugin(name):
+            load_plugin(name, key="judge.name")
     if cfg.tracking.wandb is not None:
         wandb_module()
     if is_plugin(cfg.objective.name):

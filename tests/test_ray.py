@@ -67,10 +67,11 @@ def test_the_number_of_replicas_changes_nothing(tiny_model: Path, tmp_path: Path
 
 
 def test_a_workers_error_arrives_as_itself(tiny_model: Path, tmp_path: Path) -> None:
-    cfg = tiny.config(tiny_model, tmp_path, judge={"name": f"{tmp_path}/needs.py:score"})
     (tmp_path / "needs.py").write_text("def score(completions, answer):\n    return answer\n")
-    with pytest.raises(UserError, match="answer"):
-        job.run(on_ray(cfg, tmp_path / "run"), quiet=True)
+    cfg = tiny.config(tiny_model, tmp_path, judge={"name": f"{tmp_path}/needs.py:score"})
+    with pytest.raises(UserError, match="it needs the column answer"):
+        job.run(on_ray(cfg, tmp_path / "first"), quiet=True)
+    assert not (tmp_path / "first").exists()
     (tmp_path / "needs.py").write_text("def score(completions):\n    raise OSError('offline')\n")
     with pytest.raises(JudgeFailed, match="offline"):
         job.run(on_ray(cfg, tmp_path / "second"), quiet=True)

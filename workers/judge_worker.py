@@ -63,6 +63,10 @@ class JudgeWorker:
     def __init__(self, options: JudgeOptions) -> None:
         self._judge = build_judge(options.name, options.args)
 
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Raise UserError if the judge needs a column that none of these prompts has."""
+        self._judge.require(_columns(prompts))
+
     def judge(
         self,
         prompts: Sequence[Prompt],
@@ -168,6 +172,11 @@ class JudgePanel:
 
     def __init__(self, judges: Mapping[str, JudgeOptions]) -> None:
         self._workers = {name: JudgeWorker(options) for name, options in judges.items()}
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Raise UserError if a judge needs a column that none of these prompts has."""
+        for worker in self._workers.values():
+            worker.check(prompts)
 
     def judge(self, name: str, prompts: Sequence[Prompt], sampled: SampledUnit) -> JudgedUnit:
         """What the judge of that name says of a work unit."""
