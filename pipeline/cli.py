@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from judges.errors import UserError
+from pipeline.handles import WorkerDied
 from workers.judge_worker import JudgeFailed
 from workers.weight_sync.buckets import SyncError
 
@@ -141,7 +142,7 @@ def main() -> None:
     except Stopped as stopped:
         typer.echo(f"{stopped}: go on with `freshpairs resume {stopped.run_dir}`", err=True)
         sys.exit(EXIT_STOPPED)
-    except (JudgeFailed, SyncError, FloatingPointError) as failure:
+    except (JudgeFailed, SyncError, WorkerDied, FloatingPointError) as failure:
         _complain(f"the run failed: {_with_notes(failure)}")
         sys.exit(EXIT_FAILURE)
 

@@ -30,11 +30,15 @@ class Clock:
         finally:
             self._spent[name] += time.perf_counter() - began
 
+    def add(self, name: str, seconds: float) -> None:
+        """Count seconds that passed in a worker towards a stage."""
+        self._spent[name] += seconds
+
     def record(self, round_: Round) -> dict[str, object]:
         """The round record's ``seconds`` by stage and sampled tokens a second.
 
-        ``generate`` and ``judge`` were spent in the workers, ``learn`` and ``sync`` in the loop,
-        ``idle`` is what no stage explains; evaluation is not the round's. When stages overlap
+        ``generate`` and ``judge`` were spent in the workers, ``learn`` in the loop, ``sync`` in
+        both, ``idle`` is what no stage explains; evaluation is not the round's. When stages overlap
         they sum to more than the wall-clock time and ``idle`` is 0.
         """
         wall = time.perf_counter() - self._began - self._spent["evaluate"]

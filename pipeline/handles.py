@@ -7,11 +7,15 @@ from typing import Any, Protocol, TypeVar
 T_co = TypeVar("T_co", covariant=True)
 
 
+class WorkerDied(RuntimeError):  # noqa: N818 (named for what happened)
+    """A worker's process ended before it answered."""
+
+
 class Future(Protocol[T_co]):
     """A result on its way."""
 
     def result(self) -> T_co:
-        """Wait for it; an error of the worker is raised here."""
+        """Wait for it; an error of the worker is raised here, or WorkerDied."""
         ...
 
 

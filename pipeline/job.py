@@ -283,13 +283,20 @@ def load_tokenizer(model: str) -> tuple[Any, int]:
     from transformers import AutoConfig, AutoTokenizer
 
     location = resolve_model(model)
-    tokenizer = AutoTokenizer.from_pretrained(location)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(location)
+        context = int(AutoConfig.from_pretrained(location).max_position_embeddings)
+    except OSError as error:
+        raise UserError(
+            f"policy.model={model}: cannot be loaded ({str(error).strip().splitlines()[0]}): check "
+            "the name and the network, or give a directory that save_pretrained wrote"
+        ) from error
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"policy.model={model}: its tokenizer has no end-of-sequence token, so no completion "
             "could end; set eos_token in its tokenizer_config.json"
         )
-    return tokenizer, int(AutoConfig.from_pretrained(location).max_position_embeddings)
+    return tokenizer, context
 
 
 def _probe_ids(inputs: _Inputs) -> IntArray:

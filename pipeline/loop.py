@@ -99,6 +99,7 @@ def into_ledger(
         round_ = pending.result()  # a dead worker raises here
     with clock.stage("sync"):
         gap = sync.prove(round_.version)
+    clock.add("sync", sync.seconds)
     with clock.stage("learn"):
         round_ = resampling.with_reference(plan, round_, gap, cfg.sampling, cfg.run.seed, learner)
     ledger.append(round_)

@@ -42,8 +42,8 @@ class PromptOptions(PromptSource):
             if self.path is None:
                 raise ValueError("give either path or mixture")
             return self
-        for name, field in PromptSource.model_fields.items():
-            if getattr(self, name) != field.default:
+        for name in PromptSource.model_fields:
+            if getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"either path or mixture: with mixture, set {name} in its sources")
         for index, source in enumerate(self.mixture):
             if source.path is None:

@@ -16,12 +16,16 @@ from judges.errors import UserError
 from pipeline.config import Config, apply_overrides, parse_config
 
 CONFIG_FILE = "config.yaml"
+PARTIAL_CONFIG = ".config.yaml"
 LIBRARIES = ("torch", "transformers", "ray", "datasets", "vllm", "numpy")
 
 
 def refuse_existing_run(run_dir: Path) -> None:
     """Raises UserError if the directory holds anything: a run is never overwritten."""
-    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+    unborn = {PARTIAL_CONFIG}  # a process ended before its run began
+    if run_dir.exists() and not (
+        run_dir.is_dir() and {path.name for path in run_dir.iterdir()} <= unborn
+    ):
         raise UserError(
             f"run.dir={run_dir}: already exists; `freshpairs resume {run_dir}` continues it, "
             "another run.name or run.dir starts a new one"
@@ -33,7 +37,7 @@ def create_run_directory(cfg: Config, threads: dict[str, int]) -> Path:
     refuse_existing_run(cfg.run_dir)
     cfg.run_dir.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(cfg.model_dump() | {"environment": environment(threads)}, sort_keys=False)
-    partial = cfg.run_dir / f".{CONFIG_FILE}"
+    partial = cfg.run_dir / PARTIAL_CONFIG
     partial.write_text(text)
     os.replace(partial, cfg.run_dir / CONFIG_FILE)
     return cfg.run_dir

@@ -44,6 +44,8 @@ class WeightSync:
         self._pushes: dict[int, _Push] = {}
         self._gaps: dict[int, float] = {}
         self._held = -1
+        self.seconds = 0.0
+        """What packing and loading the version proved last took, without its transport."""
 
     def push(self, learner: RemoteLearner) -> None:
         """Send the learner's version to every generator, unless they hold it; waits for nothing."""
@@ -69,12 +71,15 @@ class WeightSync:
         another version or checksum, or if the gap exceeds ``GAP_LIMIT``.
         """
         push = self._pushes.pop(version, None)
+        self.seconds = 0.0
         if push is None:
             return self._gaps[version]
         sent, expected = push.sent.result(), push.expected.result()
-        gaps = []
-        for index, (receipt, probe) in enumerate(zip(push.receipts, push.probes, strict=True)):
-            _check_receipt(index, sent, receipt.result())
+        gaps, loading = [], []
+        for index, (answer, probe) in enumerate(zip(push.receipts, push.probes, strict=True)):
+            receipt = answer.result()
+            _check_receipt(index, sent, receipt)
+            loading.append(receipt.seconds)
             gaps.append(probe_gap(probe.result(), expected))
             if not gaps[-1] <= GAP_LIMIT:
                 raise SyncError(
@@ -82,6 +87,7 @@ class WeightSync:
                     f"learner's by {gaps[-1]:.2g} nats a token (limit {GAP_LIMIT:g})"
                 )
         self._gaps[version] = max(gaps)
+        self.seconds = sent.seconds + max(loading)
         return self._gaps[version]
 
 

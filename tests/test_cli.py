@@ -156,25 +156,44 @@ def test_doctor_says_what_runs_here() -> None:
         assert subject in found.stdout
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_run_exits_3_and_resumes(
-    config_file: Path, tmp_path: Path, number: signal.Signals
-) -> None:
+def signal_a_run(config_file: Path, number: signal.Signals, *overrides: str) -> tuple[int, str]:
+    """Start a run, signal it once it has written some records; its exit code and what it said."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "pipeline.cli", "train", str(config_file), "run.updates=4000"],
+        [sys.executable, "-m", "pipeline.cli", "train", str(config_file), *overrides],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-    metrics = tmp_path / "run" / "metrics.jsonl"
+    metrics = config_file.parent / "run" / "metrics.jsonl"
     give_up = time.monotonic() + 120
-    while not (metrics.exists() and metrics.read_text().count("\n") > 4):
+    while not (metrics.exists() and metrics.read_text().count("\n") > 8):
         assert process.poll() is None
         assert time.monotonic() < give_up
         time.sleep(0.05)
     process.send_signal(number)
     _, said = process.communicate(timeout=120)
-    assert process.returncode == 3, said
+    return process.returncode, said
+
+
+def test_a_run_killed_outright_goes_on_to_the_same_end(config_file: Path, tmp_path: Path) -> None:
+    code, _ = signal_a_run(config_file, signal.SIGKILL, "run.updates=60")
+    assert code == -signal.SIGKILL
+    assert not (tmp_path / "run" / "policy").exists()
+    assert freshpairs("resume", str(tmp_path / "run")).returncode == 0
+    whole = tmp_path / "whole"
+    done = freshpairs("train", str(config_file), "run.updates=60", f"run.dir={whole}")
+    assert done.returncode == 0, done.stderr
+    assert tiny.records(tmp_path / "run") == tiny.records(whole)
+    weights = [(p / "policy" / "model.safetensors").read_bytes() for p in (tmp_path / "run", whole)]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_exits_3_and_resumes(
+    config_file: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    code, said = signal_a_run(config_file, number, "run.updates=4000")
+    assert code == 3, said
     assert f"freshpairs resume {tmp_path / 'run'}" in said
     done = tiny.records(tmp_path / "run")[-1]["update"]
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())

@@ -417,3 +417,11 @@ def test_threads_by_hand(in_flight, replicas, threads, cores, expected):
         "learner": {"threads": threads[1]},
     }
     assert threads_of(parse_config(raw, base=Path()), cores) == expected
+
+
+def test_held_out_prompts_may_be_a_mixture() -> None:
+    sources = [{"path": "a.jsonl", "split": "heldout"}, {"path": "b.jsonl", "split": "heldout"}]
+    raw = {"prompts": {"path": "a.jsonl"}, "evaluation": {"prompts": {"mixture": sources}}}
+    held_out = parse_config(raw, base=Path()).evaluation.prompts
+    assert held_out is not None
+    assert [source.split for source in held_out.mixture] == ["heldout", "heldout"]

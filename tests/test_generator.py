@@ -12,7 +12,13 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from tests import tiny
 from tests.learner_helpers import (
@@ -38,6 +44,7 @@ FIVE_WORDS = ["<unk>", "<s>", "</s>", "a", "b"]
 PROMPTS = {
     "five_words": prompts_of([1], [1, 3], [1, 4, 4, 3], [1, 3, 3, 3, 3, 4, 3], [1, 4]),
     "tiny_model": prompts_of([1, 5, 8], [1, 9, 3, 20, 5, 6, 11], [1], [1, 8, 8], [1, 23, 4, 5, 17]),
+    "absolute_positions": prompts_of([1, 4], [1, 9, 3, 20, 5, 6, 11], [1], [1, 8, 8]),
     "stories15m": prompts_of(
         [1, 9038, 2501, 263, 931], [1, 319, 4123], [1, 450, 2586, 411, 278, 282, 682, 10714, 471]
     ),
@@ -50,6 +57,26 @@ def five_words(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model whose completions end at many different lengths."""
     directory = tmp_path_factory.mktemp("five-words")
     return tiny.save_model(directory, words=FIVE_WORDS, spread=0.25)
+
+
+@pytest.fixture(scope="session")
+def absolute_positions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that, unlike a Llama, hears of every shift; its config has dropout."""
+    directory = tmp_path_factory.mktemp("absolute-positions")
+    torch.manual_seed(0)
+    shape = GPT2Config(
+        vocab_size=len(tiny.WORDS),
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=64,
+        initializer_range=0.3,
+        bos_token_id=1,
+        eos_token_id=EOS,
+    )
+    GPT2LMHeadModel(shape).save_pretrained(directory)
+    tiny.tokenizer().save_pretrained(directory)
+    return directory
 
 
 @pytest.fixture(params=PROMPTS)
@@ -225,9 +252,9 @@ def test_a_prompt_alone_gets_the_completions_it_gets_in_a_batch(case):
     assert_same(backwards[-3:] + backwards[:3], together[:3] + together[-3:], gap=1e-4)
 
 
-def test_text_is_the_completion_without_special_tokens(five_words: Path):
+def test_text_goes_on_from_the_prompts_text_without_special_tokens(five_words: Path):
     for c in completions_of(make_generator(five_words, max_new_tokens=3), prompts_of([1, 3]), 30):
-        assert c.text == " ".join(FIVE_WORDS[i] for i in c.ids if i > EOS)
+        assert FIVE_WORDS[3] + c.text == " ".join(FIVE_WORDS[i] for i in [3, *c.ids] if i > EOS)
 
 
 def test_probe_is_greedy_past_any_eos(case):

@@ -260,7 +260,7 @@ def test_an_update_without_pairs_counts_and_changes_nothing(tiny_model: Path, co
 
 
 def test_record_by_hand(tiny_model: Path):
-    """Three pairs with log-ratios (2, −1), (−½, ½), (1, 0); the learner is at version 5.
+    """Three pairs with log-ratios (2, −1), (−½, ½), (−1, −2); the learner is at version 5.
 
     The pairs were sampled at versions 5, 3 and 2, with weights 1, ½·6 and 2·½ towards now.
     """
@@ -270,8 +270,8 @@ def test_record_by_hand(tiny_model: Path):
         ([1, 4], [7, 2], -1.0, math.log(9), 5),
         ([1], [8, 9, 10, 11, 2], -0.5, math.log(1 / 2), 3),
         ([1], [12], 0.5, math.log(6), 3),
-        ([1, 3, 3, 3], [13, 2], 1.0, math.log(2), 2),
-        ([1, 3, 3, 3], [14, 15, 16, 2], 0.0, math.log(1 / 2), 2),
+        ([1, 3, 3, 3], [13, 2], -1.0, math.log(2), 2),
+        ([1, 3, 3, 3], [14, 15, 16, 2], -2.0, math.log(1 / 2), 2),
     ]
     items, logps = [], []
     for prompt, ids, log_ratio, log_weight, version in rows:
@@ -304,8 +304,8 @@ def test_record_by_hand(tiny_model: Path):
         "loss": sum(losses) / 3,
         "margin": 0.2 * (3 - 1 + 1) / 3,
         "accuracy": 2 / 3,
-        "rewards_chosen": 0.2 * (2 - 0.5 + 1) / 3,
-        "rewards_rejected": 0.2 * (-1 + 0.5 + 0) / 3,
+        "rewards_chosen": 0.2 * (2 - 0.5 - 1) / 3,
+        "rewards_rejected": 0.2 * (-1 + 0.5 - 2) / 3,
         "chosen_logps": np.mean(logps[::2]),
         "rejected_logps": np.mean(logps[1::2]),
         "lag_mean": 5 / 3,

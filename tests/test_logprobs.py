@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from workers.learner import logprobs
-from workers.learner.logprobs import CHUNK, CompletionScorer, chunked_logprobs
+from workers.learner.logprobs import CompletionScorer, chunked_logprobs
 
 SHAPE = {
     "vocab_size": 50,
@@ -46,6 +46,14 @@ RESHAPED = [
     Gemma2Config(**SHAPE, head_dim=8, final_logit_softcapping=2.0),
 ]
 
+TOKENS, WORDS = 64, 30
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logprobs, "TOKENS", TOKENS)
+    monkeypatch.setattr(logprobs, "WORDS", WORDS)
+
 
 class LargestTensor(TorchDispatchMode):
     """Records the most elements of any tensor that is made."""
@@ -60,7 +68,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 def inputs(
-    positions: int, *, width: int = 6, vocabulary: int = 11, bias: bool, dtype: torch.dtype
+    positions: int, *, width: int = 6, vocabulary: int = 71, bias: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     random = torch.Generator().manual_seed(0)
 
@@ -101,7 +109,7 @@ def random_model(config: PreTrainedConfig):
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("positions", [1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 2 * CHUNK + 3])
+@pytest.mark.parametrize("positions", [1, TOKENS - 1, TOKENS, TOKENS + 1, 2 * TOKENS + 3])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)], ids=["f32", "f64"]
 )
@@ -122,7 +130,8 @@ def test_equals_log_softmax(positions: int, bias: bool, dtype: torch.dtype, tole
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_gradient_check(bias: bool, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(logprobs, "CHUNK", 4)
+    monkeypatch.setattr(logprobs, "TOKENS", 4)
+    monkeypatch.setattr(logprobs, "WORDS", 2)
     hidden, weight, offset, targets = inputs(
         6, width=3, vocabulary=5, bias=bias, dtype=torch.float64
     )
@@ -135,7 +144,7 @@ def test_gradient_check(bias: bool, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_never_holds_positions_by_vocabulary():
-    positions, vocabulary = 4 * CHUNK, 400
+    positions, vocabulary = 4 * TOKENS, 400
     given = inputs(positions, vocabulary=vocabulary, bias=True, dtype=torch.float32)
     largest = {}
     for function in (plain_logprobs, chunked_logprobs):
@@ -144,7 +153,7 @@ def test_never_holds_positions_by_vocabulary():
         largest[function] = watch.elements
     assert largest == {
         plain_logprobs: positions * vocabulary,
-        chunked_logprobs: CHUNK * vocabulary,
+        chunked_logprobs: max(t.numel() for t in given if t is not None),
     }
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from judges.errors import UserError
 from pipeline import job
 from pipeline.config import Config
+from pipeline.handles import WorkerDied
 from pipeline.launch.crew import plan_crew
 from pipeline.launch.ray import refuse_too_few_cores
 from tests import tiny
@@ -75,6 +76,18 @@ def test_a_workers_error_arrives_as_itself(tiny_model: Path, tmp_path: Path) -> 
     (tmp_path / "needs.py").write_text("def score(completions):\n    raise OSError('offline')\n")
     with pytest.raises(JudgeFailed, match="offline"):
         job.run(on_ray(cfg, tmp_path / "second"), quiet=True)
+
+
+def test_a_dead_worker_is_named_and_the_run_goes_on_later(tiny_model: Path, tmp_path: Path) -> None:
+    judge = tmp_path / "judge.py"
+    cfg = tiny.config(tiny_model, tmp_path)
+    working = judge.read_text()
+    judge.write_text("import os\n\ndef score(completions):\n    os.kill(os.getpid(), 9)\n")
+    with pytest.raises(WorkerDied, match="the process of judge ended") as death:
+        job.run(on_ray(cfg, tmp_path / "run"), quiet=True)
+    assert f"freshpairs resume {tmp_path / 'run'}" in death.value.__notes__[0]
+    judge.write_text(working)
+    assert job.resume(tmp_path / "run", quiet=True).run_dir == tmp_path / "run"
 
 
 def test_too_few_cores_are_refused_before_anything_starts(tiny_model: Path, tmp_path: Path) -> None:

@@ -74,6 +74,14 @@ def test_extreme_uniforms_draw_the_first_and_the_last_token(vocabulary: int):
     assert draw_each(torch.zeros(1, vocabulary), uniforms).ids_B.tolist() == [0, vocabulary - 1]
 
 
+def test_rounding_at_the_end_of_a_block_draws_its_last_possible_token():
+    """A block's float32 sum may exceed the sum of its tokens; what lies between is the last's."""
+    logits = random_logits(200, 600, spread=1.0)
+    logits[:, 200:] = -math.inf
+    uniforms = torch.full((200,), LARGEST_UNIFORM, dtype=torch.float64)
+    assert draw(logits, uniforms).ids_B.tolist() == [199] * 200
+
+
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_impossible_tokens_are_never_drawn(data: st.DataObject):

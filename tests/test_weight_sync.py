@@ -326,6 +326,14 @@ class Close(FakeGenerator):
     gap = 0.5 * GAP_LIMIT
 
 
+class Drifting(FakeGenerator):
+    """Further from the learner with every version: each proof has its own gap."""
+
+    def load(self, push: WeightPush) -> Receipt:
+        self.gap = (push.version + 1) * GAP_LIMIT / 4
+        return super().load(push)
+
+
 def learner_and_sync(*generators: FakeGenerator) -> tuple[RemoteLearner, WeightSync, FakeLearner]:
     fake = FakeLearner()
     return RemoteLearner(fake), WeightSync(generators, PROBE), fake
@@ -371,17 +379,19 @@ def test_an_unchanged_version_is_not_sent_again():
     assert fake.calls == ["weights", "sent", "probe"]
     learner.update(UpdateBatch((), ()))
     sync.push(learner)
+    sync.push(learner)
     assert generator.calls == ["load", "probe"] * 2
     assert sync.prove(1) == 0.0
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_two_pushes_wait_to_be_proved_in_either_order(order):
-    learner, sync, _ = learner_and_sync(FakeGenerator())
+    learner, sync, _ = learner_and_sync(Drifting())
     sync.push(learner)
     learner.update(UpdateBatch((), ()))
     sync.push(learner)
-    assert [sync.prove(version) for version in order] == [0.0, 0.0]
+    for version in order:
+        assert sync.prove(version) == pytest.approx((version + 1) * GAP_LIMIT / 4, rel=1e-2)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -101,10 +101,12 @@ class TransformersGenerator:
 
         Raises SyncError if they arrived corrupted or do not fit; the version is then unchanged.
         """
+        began = time.perf_counter()
         tensors = dict(self._model.named_parameters())
         unpack_into(push, tensors)
         self.version = push.version
-        return receipt_of(tensors, push)
+        receipt = receipt_of(tensors, push)
+        return replace(receipt, seconds=time.perf_counter() - began)
 
     @torch.inference_mode()
     def sample(self, request: SampleRequest) -> SampledUnit:

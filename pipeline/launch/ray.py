@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from judges.errors import UserError
-from pipeline.handles import Future
+from pipeline.handles import Future, WorkerDied
 from pipeline.launch.crew import Crew, CrewPlan, WorkerPlan
 from workers.threads import thread_environment
 
@@ -36,6 +36,7 @@ class _Actor:
 
 @dataclass(frozen=True, slots=True)
 class _RayFuture:
+    worker: str
     reference: Any
 
     def result(self) -> Any:
@@ -45,18 +46,21 @@ class _RayFuture:
             return ray.get(self.reference)
         except ray.exceptions.RayTaskError as error:
             raise error.cause from error
+        except ray.exceptions.RayActorError as error:
+            raise WorkerDied(f"the process of {self.worker} ended") from error
 
 
 class RayHandle:
     """An actor. Its calls run in the order in which they were submitted."""
 
-    def __init__(self, actor: Any) -> None:
+    def __init__(self, name: str, actor: Any) -> None:
+        self._name = name
         self._actor = actor
 
     def submit(self, method: str, *args: object) -> Future[Any]:
         """Queue the call; arguments that are futures go from worker to worker."""
         passed = [arg.reference if isinstance(arg, _RayFuture) else arg for arg in args]
-        return _RayFuture(self._actor.call.remote(method, *passed))
+        return _RayFuture(self._name, self._actor.call.remote(method, *passed))
 
 
 @contextmanager
@@ -82,12 +86,13 @@ def ray_crew(plan: CrewPlan) -> Iterator[Crew]:
         )
     try:
         actors = {worker.name: _start(worker) for worker in plan.workers}
-        for actor in actors.values():
-            _RayFuture(actor.ready.remote()).result()
+        for name, actor in actors.items():
+            _RayFuture(name, actor.ready.remote()).result()
+        handles = {name: RayHandle(name, actor) for name, actor in actors.items()}
         yield Crew(
-            generators=tuple(RayHandle(actors[worker.name]) for worker in plan.generators),
-            judge=RayHandle(actors[plan.judge.name]),
-            learner=RayHandle(actors[plan.learner.name]),
+            generators=tuple(handles[worker.name] for worker in plan.generators),
+            judge=handles[plan.judge.name],
+            learner=handles[plan.learner.name],
         )
     finally:
         ray.shutdown()

@@ -209,8 +209,9 @@ class Learner:
 
     def weights(self) -> WeightPush:
         """The policy's weights at this version; tied tensors travel once."""
+        began = time.perf_counter()
         push = pack(dict(self._policy.named_parameters()), self.version)
-        self._sent = Receipt(push.version, push.checksum)
+        self._sent = Receipt(push.version, push.checksum, time.perf_counter() - began)
         return push
 
     def sent(self) -> Receipt:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -51,10 +51,14 @@ class WeightPush:
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """A generator's proof: the version it now samples and the checksum of its own tensors."""
+    """What one side holds: a version, and the checksum of its tensors as they stand there.
+
+    ``seconds`` is what packing or loading them took.
+    """
 
     version: int
     checksum: str
+    seconds: float = field(default=0.0, compare=False)
 
 
 def checksum_of(data: npt.NDArray[np.uint8]) -> str:
