@@ -15,7 +15,7 @@ from rich.progress import BarColumn, SpinnerColumn, TaskID, TextColumn, TimeElap
 from rich.progress import Progress as Bar
 from rich.text import Text
 
-from pipeline.report import figure, interval, visible
+from pipeline.report import figure, interval, short_name, visible
 
 COLUMNS = {
     "round": 5,
@@ -57,7 +57,8 @@ class Progress:
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._heading = (visible(f"{name}: {model}, {objective}, judge {judge}"), str(run_dir))
+        what = f"{short_name(model)}, {short_name(objective)}, judge {short_name(judge)}"
+        self._heading = (f"{visible(name)}: {what}", str(run_dir))
         self._updates = updates
         self._done_before = self._done = done
         self._console = console if console is not None else _console()
@@ -153,13 +154,13 @@ class Progress:
         self._accuracies.clear()
 
     def _evaluation(self, record: Mapping[str, Any]) -> None:
-        judge = f"{record['judge']} {figure(record['quality'])}"
+        judge = f"{short_name(record['judge'])} {figure(record['quality'])}"
         start = f"(start {figure(record['quality_baseline'])})"
         rate = f"win rate {figure(record['win_rate'])} {interval(record['win_rate_ci'])}".rstrip()
         if record["kl_to_reference"] is not None:
             rate += f", KL {figure(record['kl_to_reference'])} nats"
         when = f"held-out after update {record['update']}"
-        self._print(Text(f"{when}: {visible(judge)} {start},", style="cyan"), Text(rate, "cyan"))
+        self._print(Text(f"{when}: {judge} {start},", style="cyan"), Text(rate, "cyan"))
 
     def _accuracy(self) -> float | None:
         """Of the round's updates, each weighing as many pairs as it had."""

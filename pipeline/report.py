@@ -55,11 +55,13 @@ def final_table(
 
 
 def figure(value: float | None) -> str:
-    """A number in at most seven characters, about three digits; "-" for None."""
+    """A number in at most seven characters, about three digits; "-" for None, 0 below 1e-5."""
     if value is None:
         return "-"
     size = abs(value)
-    if 0.0 < size < 0.1:
+    if size < 1e-5:  # a rounding error, not a measure
+        return "0.00"
+    if size < 0.1:
         return f"{value:.2g}"
     if size < 10.0:
         return f"{value:.2f}"
@@ -76,6 +78,11 @@ def figure(value: float | None) -> str:
 def interval(ci: Sequence[float] | None) -> str:
     """``[0.55, 0.67]``, or nothing."""
     return "" if ci is None else f"[{figure(ci[0])}, {figure(ci[1])}]"
+
+
+def short_name(spec: str) -> str:
+    """A plug-in's file and function without its folders; other names as they are."""
+    return visible(spec.rsplit("/", 1)[-1])
 
 
 def visible(text: str) -> str:
@@ -95,7 +102,7 @@ def _judges_table(records: Sequence[Mapping[str, Any]]) -> Table:
     table.add_column("win rate \\[95 % CI]", no_wrap=True)
     for record in records:
         table.add_row(
-            Text(visible(record["judge"])),
+            Text(short_name(record["judge"])),
             Text(figure(record["quality_baseline"])),
             Text(f"{figure(record['quality'])} {interval(record.get('quality_ci'))}".rstrip()),
             Text(f"{record['win']}/{record['tie']}/{record['loss']}"),
@@ -118,7 +125,7 @@ def _notes(records: Sequence[Mapping[str, Any]]) -> Iterator[Text]:
     for record in records:
         if record.get("invalid"):
             left_out = f"{record['invalid']} prompts left out: no valid verdict"
-            yield Text(f"{visible(record['judge'])}: {left_out}", style="yellow")
+            yield Text(f"{short_name(record['judge'])}: {left_out}", style="yellow")
     last = records[-1]
     if last["kl_to_reference"] is not None:
         yield Text(f"KL to reference  {figure(last['kl_to_reference'])} nats a sequence")
