@@ -81,8 +81,8 @@ def interval(ci: Sequence[float] | None) -> str:
 
 
 def short_name(spec: str) -> str:
-    """A plug-in's file and function without its folders; other names as they are."""
-    return visible(spec.rsplit("/", 1)[-1])
+    """What stands at an absolute path without its folders; other names as they are."""
+    return visible(Path(spec).name if spec.startswith("/") else spec)
 
 
 def visible(text: str) -> str:
