@@ -127,12 +127,18 @@ def test_overrides_reach_any_key(file):
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("2e-5", 2e-5), ("2.0e-5", 2e-5), ("1E3", 1e3), ("3", 3.0), (".5e-1", 0.05)]
+    ("text", "value"),
+    [("2e-5", 2e-5), ("-2.0e-5", -2e-5), ("1E3", 1e3), ("+3e+2", 300.0), (".5e-1", 0.05)],
 )
-def test_exponents_without_a_point_are_numbers(file, text, value):
-    file.write_text(file.read_text() + f"learner:\n  learning_rate: {text}\n")
-    assert load_config(file).learner.learning_rate == value
-    assert load_config(file, [f"learner.learning_rate={text}"]).learner.learning_rate == value
+def test_exponents_are_numbers_as_in_yaml_1_2(file, text, value):
+    file.write_text(file.read_text() + f"judge:\n  args: {{x: {text}}}\n")
+    assert load_config(file).judge.args == {"x": value}
+    assert load_config(file, [f"judge.args.y={text}"]).judge.args == {"x": value, "y": value}
+
+
+@pytest.mark.parametrize("text", ["e5", "1e", "1e5x", "'1e5'", "1e5.0", "e", "."])
+def test_what_only_looks_like_an_exponent_is_text(file, text):
+    assert load_config(file, [f"judge.args.x={text}"]).judge.args == {"x": text.strip("'")}
 
 
 def test_files_are_found_beside_the_config_or_in_the_cwd_and_become_absolute(
