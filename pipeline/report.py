@@ -148,7 +148,7 @@ def _sample_lines(number: int, sample: Sample) -> Iterator[RenderableType]:
 
 
 def _shortened(text: str) -> str:
-    text = text.strip("\n")
+    text = text.strip()
     if len(text) > SAMPLE_CHARACTERS:
         text = text[:SAMPLE_CHARACTERS] + " …"
     return visible(text)
