@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.durable import sync_to_disk
 from pipeline.learner import RemoteLearner
 
 
@@ -51,9 +52,9 @@ class Checkpoints:
         learner.save(partial)
         (partial / "cursor.json").write_text(json.dumps(asdict(cursor)))
         for path in (*partial.iterdir(), partial):
-            _flush(path)
+            sync_to_disk(path)
         os.replace(partial, final)
-        _flush(self._directory)
+        sync_to_disk(self._directory)
         for old in self.all()[: -self._keep]:
             shutil.rmtree(old)
         return final
@@ -79,11 +80,3 @@ class Checkpoints:
 
 def _update_of(path: Path) -> int:
     return int(path.name.removeprefix("update-"))
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -16,11 +16,12 @@ import pyarrow.parquet as pq
 from judges.interface import text_of
 from pipeline.comparison import Comparison, compare_probabilities, compare_scores
 from pipeline.drift import kl_to_reference, length_mean, repetition_rate
-from pipeline.handles import Future, Handle
+from pipeline.handles import Handle
 from pipeline.learner import RemoteLearner
 from pipeline.report import Sample
+from pipeline.rollout import submit_units, work_units
 from pipeline.sync import WeightSync
-from workers.generator import SampledUnit, SampleRequest
+from workers.generator import SampledUnit
 from workers.judge_worker import JudgedUnit
 from workers.messages import BatchCompletion, Completion, Judgement, Prompt, UpdateBatch
 
@@ -98,13 +99,11 @@ class Evaluator:
         ]
 
     def _sample(self, learner: RemoteLearner, sync: WeightSync) -> list[Completion]:
-        units: list[Future[SampledUnit]] = []
-        for first in range(0, len(self._prompts), self._prompts_per_unit):
-            part = self._prompts[first : first + self._prompts_per_unit]
-            generator = self._generators[len(units) % len(self._generators)]
-            request = SampleRequest(part, 1, self._run_seed, "evaluation")
-            units.append(generator.submit("sample", request))
-        sampled = [group[0] for unit in units for group in unit.result().completions]
+        requests = work_units(
+            self._prompts, self._prompts_per_unit, 1, self._run_seed, "evaluation"
+        )
+        units = submit_units(self._generators, requests)
+        sampled = [group[0] for _, unit in units for group in unit.result().completions]
         sync.prove(learner.version)
         return sampled
 

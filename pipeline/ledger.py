@@ -12,6 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.durable import sync_to_disk
 from pipeline.ledger_tables import completions_table, groups_of, pairs_table
 from workers.messages import Round
 
@@ -64,7 +65,7 @@ class Ledger:
         )
         if not self.directory.is_dir():
             self.directory.mkdir(parents=True)
-            _sync_directory(self.directory.parent)
+            sync_to_disk(self.directory.parent)
         self._write(self._pairs_path(round_.index), pairs_table(round_), header)
         self._write(self._path(round_.index), completions_table(round_, reference_version), header)
 
@@ -122,15 +123,7 @@ class Ledger:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        _sync_directory(self.directory)
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync_to_disk(self.directory)
 
 
 def _require_consistent(round_: Round) -> None:

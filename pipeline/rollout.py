@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -67,17 +68,14 @@ class Rollout:
         self._run_seed = run_seed
 
     def submit(self, plan: RoundPlan, version: int) -> PendingRound:
-        """Start a round with the weights that the generators hold or are about to receive.
-
-        Work units have the same composition whatever the number of generators.
-        """
+        """Start a round with the weights that the generators hold or are about to receive."""
         prompts = self._prompts.take(plan.start, plan.prompts)
+        requests = work_units(
+            prompts, self._prompts_per_unit, self._samples, self._run_seed, "sampling"
+        )
         units: list[_Unit] = []
-        for first in range(0, len(prompts), self._prompts_per_unit):
-            part = tuple(prompts[first : first + self._prompts_per_unit])
-            generator = self._generators[len(units) % len(self._generators)]
-            request = SampleRequest(part, self._samples, self._run_seed, "sampling")
-            sampled: Future[SampledUnit] = generator.submit("sample", request)
+        for request, sampled in submit_units(self._generators, requests):
+            part = request.prompts
             judged: Future[JudgedUnit] = self._judge.submit(
                 "judge", self._judge_name, part, sampled
             )
@@ -109,3 +107,23 @@ class Rollout:
             "judge": judge,
         }
         return Round(index, version, tuple(groups), self._judge_name, seconds)
+
+
+def work_units(
+    prompts: Sequence[Prompt], size: int, samples: int, run_seed: int, purpose: str
+) -> list[SampleRequest]:
+    """Cut prompts into work units of ``size``: the same whatever the number of generators."""
+    return [
+        SampleRequest(tuple(prompts[first : first + size]), samples, run_seed, purpose)
+        for first in range(0, len(prompts), size)
+    ]
+
+
+def submit_units(
+    generators: Sequence[Handle], requests: Sequence[SampleRequest]
+) -> list[tuple[SampleRequest, Future[SampledUnit]]]:
+    """Share work units among the generators, in turns."""
+    return [
+        (request, generator.submit("sample", request))
+        for request, generator in zip(requests, itertools.cycle(generators), strict=False)
+    ]

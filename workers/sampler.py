@@ -83,7 +83,7 @@ def _inverse_cdf(logits_BV: Tensor, uniforms_B: Tensor) -> tuple[Tensor, Tensor]
     padding = -mass_BV.shape[-1] % _BLOCK
     if padding:
         mass_BV = torch.nn.functional.pad(mass_BV, (0, padding))
-    blocks = mass_BV.unflatten(-1, (-1, _BLOCK))
+    blocks = mass_BV.view(len(mass_BV), -1, _BLOCK)
     cumulative = blocks.sum(-1, dtype=torch.float32).double().cumsum(-1)
     total_B = cumulative[:, -1]
     target_B = uniforms_B * total_B
