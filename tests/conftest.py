@@ -20,7 +20,7 @@ from workers.models.fetch import fetch_model
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with a random two-layer Llama of 24 words; its completions end soon."""
+    """A directory with a random two-layer Llama of 24 words and its tokenizer."""
     return tiny.save_model(tmp_path_factory.mktemp("tiny-model"))
 
 
