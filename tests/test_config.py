@@ -431,3 +431,18 @@ def test_held_out_prompts_may_be_a_mixture() -> None:
     held_out = parse_config(raw, base=Path()).evaluation.prompts
     assert held_out is not None
     assert [source.split for source in held_out.mixture] == ["heldout", "heldout"]
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("learner", "threads", 0),
+        ("generator", "threads", -3),
+        ("sampling", "temperature", math.inf),
+    ],
+)
+def test_impossible_numbers_are_one_line(section: str, key: str, value: float) -> None:
+    raw = {"prompts": {"path": "a.jsonl"}, section: {key: value}}
+    with pytest.raises(UserError, match=rf"{section}\.{key}={value}: must be") as mistake:
+        parse_config(raw, base=Path())
+    assert "\n" not in str(mistake.value)

@@ -206,6 +206,7 @@ def test_completions_file(tmp_path: Path) -> None:
     }
     assert {name: first[name] for name in expected} == expected
     assert json.loads(first["columns"])["tags"] == ["a", {"b": True}]
+    assert "“π”?" in last["prompt"]
     assert json.loads(last["prompt"])[0] == {"role": "user", "content": "“π”?"}
     assert (last["chat"], last["wins"][0], last["wins"][2]) == (True, 0.1, 0.5)
     assert math.isnan(rows[3]["score"])

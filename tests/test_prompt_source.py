@@ -39,7 +39,7 @@ def test_splits_of_a_file(tmp_path: Path) -> None:
 
 def test_json_csv_and_parquet(tmp_path: Path) -> None:
     array = tmp_path / "p.json"
-    array.write_text(json.dumps([{"prompt": "a\nb", "n": 1}], indent=2))
+    array.write_text("\ufeff\n" + json.dumps([{"prompt": "a\nb", "n": 1}], indent=2))
     table = tmp_path / "p.csv"
     table.write_text('\ufeffprompt,n\n"a\nb",1\n')
     columns = {"prompt": ["a\nb"], "n": [1], "day": [date(2024, 2, 29)]}
@@ -307,6 +307,27 @@ SURROGATE = "a\ud83d"
 def test_bad_rows_are_named(tmp_path: Path, value: Any, message: str, streaming: bool) -> None:
     path = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "a"}, {"prompt": "b"}, {"prompt": value}])
     assert message_of(path, streaming=streaming, take=streaming) == f" row 3: {message}"
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_bad_rows_of_csv_and_parquet(tmp_path: Path, streaming: bool) -> None:
+    table, parquet = tmp_path / "p.csv", tmp_path / "p.parquet"
+    table.write_text('prompt,n\n"a\nb",1\nc,2\n,3\n')
+    pq.write_table(pa.table({"prompt": ["a", "b", None]}), parquet)
+    for path, what in [(table, "empty"), (parquet, "null")]:
+        message = message_of(path, streaming=streaming, take=streaming)
+        assert message == f" row 3: the prompt is {what}; fill it in or remove the row"
+
+
+def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = numbered(tmp_path / "p.jsonl", 1)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    expected = ": cannot be read ([Errno 13] Permission denied); check the file"
+    assert message_of(path) == expected
 
 
 def test_a_row_number_counts_rows_of_other_splits(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -22,7 +22,9 @@ class SamplingOptions(BaseModel):
     completions_per_prompt: int = Field(
         default=2, description="Samples of the policy for each prompt, at least 2"
     )
-    temperature: float = Field(default=1.0, gt=0.0, description="Softmax temperature")
+    temperature: float = Field(
+        default=1.0, gt=0.0, allow_inf_nan=False, description="Softmax temperature"
+    )
     top_p: float = Field(
         default=1.0,
         gt=0.0,
@@ -49,7 +51,7 @@ class GeneratorOptions(BaseModel):
         default="auto", description="Sampling engine; auto = transformers until vLLM is built in"
     )
     replicas: int = Field(default=1, ge=1, description="Generators that share each round")
-    threads: int | Literal["auto"] = Field(
+    threads: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         default="auto", description="CPU threads of each; auto = its fair share of the cores"
     )
     gpus: Literal[0] = Field(default=0, description="GPUs of each (only CPU is built yet)")

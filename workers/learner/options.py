@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -64,7 +64,7 @@ class LearnerOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     workers: Literal[1] = Field(default=1, description="Learner processes (only one is built yet)")
-    threads: int | Literal["auto"] = Field(
+    threads: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         default="auto", description="CPU threads; auto = its fair share of the cores"
     )
     gpus: Literal[0] = Field(default=0, description="GPUs of each (only CPU is built yet)")
