@@ -11,6 +11,13 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from pipeline.config import Config
+from workers.learner.objective_options import (
+    BUILT_IN,
+    Interval,
+    Options,
+    OwnOptions,
+    PairwiseOptions,
+)
 
 PAGE = Path(__file__).with_name("configuration.md")
 
@@ -32,18 +39,74 @@ def page() -> str:
 def _section(name: str, field: FieldInfo) -> str:
     model = _model_of(field.annotation)
     assert model is not None, name
-    about = " ".join((model.__doc__ or "").split())
-    rows = "\n".join(_row(key, inner) for key, inner in model.model_fields.items())
-    return f"## {name}\n\n{about}\n\n| key | default | meaning |\n| --- | --- | --- |\n{rows}\n"
+    if model is Options:
+        return _objectives(name)
+    return f"## {name}\n\n{_about(model)}\n\n{_table(model)}"
+
+
+def _objectives(section: str) -> str:
+    rows = []
+    for name, options in BUILT_IN.items():
+        pairwise = issubclass(options, PairwiseOptions)
+        keys = "; ".join(
+            f"`{key}` ({_default(field)}): {_meaning(field)}"
+            for key, field in options.model_fields.items()
+            if field.description and not (pairwise and _same(field, PairwiseOptions, key))
+        )
+        rows.append(f"| `{name}`{' *' if pairwise else ''} | {_about(options)} | {keys} |")
+    return "\n".join(
+        [
+            f"## {section}",
+            "",
+            "The loss of an example, by `name` (`dpo`), with the keys of that objective. Formulas, "
+            "uses and sources: [objectives.md](objectives.md).",
+            "",
+            "| name | is | keys (default): meaning |",
+            "| --- | --- | --- |",
+            *rows,
+            "",
+            "Objectives of a pair, marked *, also take:",
+            "",
+            _table(PairwiseOptions),
+            "`name: path/to/file.py:function` or `installed.module:function`, an objective of your "
+            "own, takes:",
+            "",
+            _table(OwnOptions),
+        ]
+    )
+
+
+def _same(field: FieldInfo, model: type[BaseModel], key: str) -> bool:
+    """Whether the model has this key with the same default and meaning."""
+    other = model.model_fields.get(key)
+    return other is not None and (_default(field), _meaning(field)) == (
+        _default(other),
+        _meaning(other),
+    )
+
+
+def _about(model: type[BaseModel]) -> str:
+    return " ".join((model.__doc__ or "").split())
+
+
+def _table(model: type[BaseModel]) -> str:
+    fields = [(key, field) for key, field in model.model_fields.items() if field.description]
+    rows = "\n".join(_row(key, field) for key, field in fields)
+    return f"| key | default | meaning |\n| --- | --- | --- |\n{rows}\n"
 
 
 def _row(key: str, field: FieldInfo) -> str:
     inner = _model_of(field.annotation)
-    about = (field.description or "").replace("|", "\\|")
+    about = _meaning(field)
     if inner is not None:
         keys = ", ".join(f"`{k}`" for k in inner.model_fields)
         about = f"{about} (keys: {keys})"
     return f"| `{key}` | {_default(field)} | {about} |"
+
+
+def _meaning(field: FieldInfo) -> str:
+    ranges = [f", in {part.text}" for part in field.metadata if isinstance(part, Interval)]
+    return "".join([(field.description or "").replace("|", "\\|"), *ranges])
 
 
 def _default(field: FieldInfo) -> str:

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from judges.errors import UserError
 from judges.plugins import is_plugin, resolve_plugin_path
+from pipeline import fit
 from pipeline.mistakes import explain
 from pipeline.pairing import PairingOptions
 from pipeline.prompts import PromptOptions
@@ -24,7 +25,8 @@ from pipeline.resampling import ResamplingOptions
 from pipeline.tracking import TrackingOptions
 from workers.generator import GeneratorOptions, SamplingOptions
 from workers.judge_worker import JudgeOptions
-from workers.learner.options import LearnerOptions, ObjectiveOptions, ReferenceOptions
+from workers.learner.objective_options import DpoOptions, ObjectiveOptions, OwnOptions
+from workers.learner.options import LearnerOptions, ReferenceOptions
 from workers.options import PolicyOptions
 
 
@@ -64,8 +66,13 @@ class EvaluationOptions(_Section):
 
 
 class DriftOptions(_Section):
-    """Thresholds by measure that warn, resample or stop: not built yet."""
+    """Drift is measured each round. Thresholds that warn, resample or stop: not built yet."""
 
+    reference: bool = Field(
+        default=False,
+        description="Keep and score a reference for the measures of drift although the objective "
+        "needs none",
+    )
     warn: dict[str, float] = Field(default_factory=dict, max_length=0, description="Not built yet")
     resample: dict[str, float] = Field(
         default_factory=dict, max_length=0, description="Not built yet"
@@ -100,7 +107,7 @@ class Config(_Section):
     generator: GeneratorOptions = Field(default_factory=GeneratorOptions)
     judge: JudgeOptions = Field(default_factory=JudgeOptions)
     pairing: PairingOptions = Field(default_factory=PairingOptions)
-    objective: ObjectiveOptions = Field(default_factory=ObjectiveOptions)
+    objective: ObjectiveOptions = Field(default_factory=DpoOptions)
     learner: LearnerOptions = Field(default_factory=LearnerOptions)
     evaluation: EvaluationOptions = Field(default_factory=EvaluationOptions)
     drift: DriftOptions = Field(default_factory=DriftOptions)
@@ -118,6 +125,8 @@ class Config(_Section):
                 f"resampling.passes={self.resampling.passes}: more than run.updates="
                 f"{self.run.updates}; a round cannot be passed over that often"
             )
+        if not isinstance(self.objective, OwnOptions):  # which is checked once it is loaded
+            fit.check(self, self.objective.needs)
         return self
 
     @property

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from workers.messages import Completion, DoubleArray, Fate, Round
+from workers.messages import Completion, DoubleArray, Fate, PromptGroup, Round
 
 CENTRAL_PERCENTILES = (1.0, 99.0)
 """Between these the reference's own samples are at home."""
@@ -36,19 +36,22 @@ class Drift:
     def of(self, round_: Round) -> dict[str, Any]:
         """The measures of a round: float, int, None where undefined; ``dropped`` is by reason.
 
+        Measures of completions are of the policy's own: an opponent's are left out. ``pairs`` and
+        ``dropped`` count labels where completions are labelled without a partner.
         ``off_reference_share`` is the share of completions outside the band, on either side: what
         the reference would hardly say, and what it would say but never so predictably. None where
         the round has no reference log-probabilities or no band was ever taken.
         """
-        completions = round_.completions
+        completions = [c for c in round_.completions if not c.reference_share]
         if self._band is None and round_.version == 0:
             self._band = _central_band(completions)
-        scores = np.array([s for group in round_.groups for s in group.judgement.scores])
+        scores = np.array([score for group in round_.groups for score in _own_scores(group)])
         valid_scores = scores[np.isfinite(scores)]
-        fates = Counter(pair.fate for pair in round_.pairs)
+        fates = Counter([pair.fate for pair in round_.pairs] + [x.fate for x in round_.labels])
         return {
+            "reference_version": round_.reference_version,
             "prompts": len(round_.groups),
-            "completions": len(completions),
+            "completions": len(round_.completions),
             "pairs": fates[Fate.LEARN],
             "dropped": {fate.value: fates[fate] for fate in DROPPED},
             "score_mean": float(valid_scores.mean()) if valid_scores.size else None,
@@ -77,6 +80,13 @@ class Drift:
             return None
         low, high = self._band
         return float(np.mean((means < low) | (means > high)))
+
+
+def _own_scores(group: PromptGroup) -> list[float]:
+    """The scores of the policy's own completions."""
+    scores = group.judgement.scores.tolist()
+    both = zip(group.completions, scores, strict=True)
+    return [score for completion, score in both if not completion.reference_share]
 
 
 def kl_to_reference(completions: Sequence[Completion]) -> float | None:

@@ -100,7 +100,7 @@ class Evaluator:
 
     def _sample(self, learner: RemoteLearner, sync: WeightSync) -> list[Completion]:
         requests = work_units(
-            self._prompts, self._prompts_per_unit, 1, self._run_seed, "evaluation"
+            self._prompts, self._prompts_per_unit, (0.0,), self._run_seed, "evaluation"
         )
         units = submit_units(self._generators, requests)
         sampled = [group[0] for _, unit in units for group in unit.result().completions]

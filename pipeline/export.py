@@ -1,4 +1,4 @@
-"""A run's learned pairs as a preference set that other trainers read."""
+"""What a run learned from, as a preference set that other trainers read."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ def export_pairs(run_dir: Path, out: Path) -> int:
     Columns: prompt, chosen, rejected (text; for chat the messages and one assistant message each,
     TRL's conversational form), prompt_ids, chosen_ids, rejected_ids (the tokens as sampled),
     label_prob (P(chosen is better)), round, version, position. Where a run mixes text and chat,
-    text becomes a user message: a set has one form.
-    Raises UserError for another suffix, an existing file and a run without learned pairs.
+    text becomes a user message: a set has one form. A run that labelled completions one by one
+    has prompt, completion, label (desirable), prompt_ids, completion_ids instead.
+    Raises UserError for another suffix, an existing file and a run that learned from nothing.
     """
     if out.suffix not in (".parquet", ".jsonl"):
         raise UserError(f"--out {out}: ends in neither .parquet nor .jsonl; choose one")
@@ -40,7 +41,7 @@ def export_pairs(run_dir: Path, out: Path) -> int:
     rows = [row for round_ in ledger for row in _learned(round_)]
     if not rows:
         raise UserError(
-            f"{run_dir}: no pair was learned from in {len(ledger)} rounds; see `dropped` in "
+            f"{run_dir}: nothing was learned from in {len(ledger)} rounds; see `dropped` in "
             f"{run_dir / 'metrics.jsonl'} for the reasons"
         )
     chat = any(not isinstance(row["prompt"], str) for row in rows)
@@ -49,7 +50,8 @@ def export_pairs(run_dir: Path, out: Path) -> int:
     temporary = out.with_name(out.name + ".tmp")
     with temporary.open("wb") as file:
         if out.suffix == ".parquet":
-            pq.write_table(pa.Table.from_pylist(rows, schema=_schema(chat)), file)
+            schema = _schema(chat, paired="chosen" in rows[0])
+            pq.write_table(pa.Table.from_pylist(rows, schema=schema), file)
         else:
             file.writelines(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
         file.flush()
@@ -61,48 +63,55 @@ def export_pairs(run_dir: Path, out: Path) -> int:
 def _learned(round_: Round) -> Iterator[dict[str, Any]]:
     for group in round_.groups:
         by_sample = {completion.sample: completion for completion in group.completions}
+        origin = {
+            "prompt": group.prompt.content,
+            "prompt_ids": group.prompt.ids.tolist(),
+            "round": round_.index,
+            "version": round_.version,
+            "position": group.prompt.position,
+        }
         for pair in group.pairs:
             if pair.fate is not Fate.LEARN:
                 continue
             chosen, rejected = by_sample[pair.chosen], by_sample[pair.rejected]
-            yield {
-                "prompt": group.prompt.content,
+            yield origin | {
                 "chosen": chosen.text,
                 "rejected": rejected.text,
-                "prompt_ids": group.prompt.ids.tolist(),
                 "chosen_ids": chosen.ids.tolist(),
                 "rejected_ids": rejected.ids.tolist(),
                 "label_prob": pair.label_prob,
-                "round": round_.index,
-                "version": round_.version,
-                "position": pair.position,
             }
+        for label in group.labels:
+            if label.fate is Fate.LEARN:
+                completion = by_sample[label.sample]
+                yield origin | {
+                    "completion": completion.text,
+                    "label": label.desirable,
+                    "completion_ids": completion.ids.tolist(),
+                }
 
 
 def _conversational(row: dict[str, Any]) -> dict[str, Any]:
     prompt: Text = row["prompt"]
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return row | {
-        "prompt": [{"role": m["role"], "content": m["content"]} for m in messages],
-        "chosen": [{"role": "assistant", "content": row["chosen"]}],
-        "rejected": [{"role": "assistant", "content": row["rejected"]}],
+    answers = {
+        side: [{"role": "assistant", "content": row[side]}]
+        for side in ("chosen", "rejected", "completion")
+        if side in row
     }
+    return (
+        row | answers | {"prompt": [{"role": m["role"], "content": m["content"]} for m in messages]}
+    )
 
 
-def _schema(chat: bool) -> pa.Schema:
+def _schema(chat: bool, paired: bool) -> pa.Schema:
     content = MESSAGES if chat else pa.string()
-    ids = pa.list_(pa.int64())
+    sides = ("chosen", "rejected") if paired else ("completion",)
     return pa.schema(
         {
-            "prompt": content,
-            "chosen": content,
-            "rejected": content,
-            "prompt_ids": ids,
-            "chosen_ids": ids,
-            "rejected_ids": ids,
-            "label_prob": pa.float64(),
-            "round": pa.int64(),
-            "version": pa.int64(),
-            "position": pa.int64(),
+            **dict.fromkeys(("prompt", *sides), content),
+            **{f"{name}_ids": pa.list_(pa.int64()) for name in ("prompt", *sides)},
+            **({"label_prob": pa.float64()} if paired else {"label": pa.bool_()}),
+            **dict.fromkeys(("round", "version", "position"), pa.int64()),
         }
     )

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from judges.errors import UserError
 from judges.plugins import is_plugin, load_plugin
-from pipeline import loop
+from pipeline import fit, loop
 from pipeline.checkpoint import Checkpoints, Cursor
 from pipeline.config import Config, threads_of
 from pipeline.dashboards import wandb_module
@@ -224,11 +224,18 @@ def _rollout(cfg: Config, crew: Crew, prompts: PromptStream) -> Rollout:
         crew.judge,
         _pairing(cfg),
         judge_name=cfg.judge.name,
-        samples=cfg.sampling.completions_per_prompt,
+        reference_shares=reference_shares(cfg),
         prompts_per_unit=cfg.sampling.prompts_per_update,
         max_invalid_share=cfg.judge.max_invalid_share,
         run_seed=cfg.run.seed,
     )
+
+
+def reference_shares(cfg: Config) -> list[float]:
+    """Whose each sample of a prompt is: the second may be an opponent's (XPO, Nash-MD)."""
+    own = [0.0] * cfg.sampling.completions_per_prompt
+    opponent = cfg.objective.needs.opponent
+    return [*own[:-1], opponent] if opponent else own
 
 
 def evaluator_of(cfg: Config, crew: Crew, held_out: Sequence[Prompt], directory: Path) -> Evaluator:
@@ -269,8 +276,7 @@ def _check_inputs(cfg: Config) -> _Inputs:
             load_plugin(name, key="judge.name")
     if cfg.tracking.wandb is not None:
         wandb_module()
-    if is_plugin(cfg.objective.name):
-        load_plugin(cfg.objective.name, key="objective.name")
+    fit.check(cfg, cfg.objective.needs)
     _pairing(cfg)
     return _Inputs(tokenizer, prompts, held_out, context)
 

@@ -24,9 +24,14 @@ class RemoteLearner:
         notes: list[str] = self._call("notes")
         return notes
 
-    def score_reference(self, batches: Sequence[UpdateBatch]) -> list[list[FloatArray]]:
-        """Reference log-probabilities of every completion of every batch."""
-        scores: list[list[FloatArray]] = self._call("score_reference", batches)
+    def begin_round(self, index: int) -> int | None:
+        """Let the reference move as its schedule says; its version, None where there is none."""
+        version: int | None = self._call("begin_round", index)
+        return version
+
+    def score_reference(self, batches: Sequence[UpdateBatch]) -> list[list[FloatArray | None]]:
+        """Reference log-probabilities of every completion of every batch; None without one."""
+        scores: list[list[FloatArray | None]] = self._call("score_reference", batches)
         return scores
 
     def update(self, batch: UpdateBatch) -> dict[str, Any]:

@@ -1,9 +1,9 @@
-"""A round as two Arrow tables of plain column types, and back, bit for bit."""
+"""A round as Arrow tables of plain column types, and back, bit for bit."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -11,7 +11,17 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from workers.messages import Completion, Fate, Judgement, Pair, Prompt, PromptGroup, Round
+from workers.messages import (
+    Completion,
+    Fate,
+    FloatArray,
+    Judgement,
+    Label,
+    Pair,
+    Prompt,
+    PromptGroup,
+    Round,
+)
 
 COMPLETIONS_SCHEMA = pa.schema(
     [
@@ -26,14 +36,24 @@ COMPLETIONS_SCHEMA = pa.schema(
         ("text", pa.string()),
         ("logprobs", pa.list_(pa.float32())),
         ("sampling_logprobs", pa.list_(pa.float32())),  # null: the same as logprobs
-        ("reference_logprobs", pa.list_(pa.float32())),
+        ("reference_share", pa.float64()),
         ("version", pa.int64()),
-        ("reference_version", pa.int64()),
         ("seed", pa.int64()),
         ("finished", pa.bool_()),
         ("score", pa.float64()),
         ("reason", pa.string()),
         ("wins", pa.list_(pa.float64())),  # P(this better than each of the prompt's); null: scored
+        ("desirable", pa.bool_()),  # null: not labelled without a partner
+        ("fate", pa.string()),  # of that label
+    ]
+)
+REFERENCE_SCHEMA = pa.schema(
+    [
+        ("round", pa.int64()),
+        ("position", pa.int64()),
+        ("sample", pa.int64()),
+        ("reference_version", pa.int64()),
+        ("reference_logprobs", pa.list_(pa.float32())),
     ]
 )
 PAIRS_SCHEMA = pa.schema(
@@ -50,7 +70,7 @@ PAIRS_SCHEMA = pa.schema(
 )
 
 
-def completions_table(round_: Round, reference_version: int | None) -> pa.Table:
+def completions_table(round_: Round) -> pa.Table:
     """One row a completion, a prompt's together. Raises TypeError for arrays of another type."""
     rows = [
         (group, at, completion)
@@ -75,7 +95,7 @@ def completions_table(round_: Round, reference_version: int | None) -> pa.Table:
         "ids": _list_array([completion.ids for _, _, completion in rows], np.int64),
         "text": [completion.text for _, _, completion in rows],
         "version": [completion.version for _, _, completion in rows],
-        "reference_version": [reference_version] * len(rows),
+        "reference_share": [completion.reference_share for _, _, completion in rows],
         "seed": [completion.seed for _, _, completion in rows],
         "finished": [completion.finished for _, _, completion in rows],
         "score": np.array([group.judgement.scores[at] for group, at, _ in rows], np.float64),
@@ -88,11 +108,34 @@ def completions_table(round_: Round, reference_version: int | None) -> pa.Table:
             np.float64,
         ),
     }
-    for name in ("logprobs", "sampling_logprobs", "reference_logprobs"):
+    labels = {(label.position, label.sample): label for label in round_.labels}
+    found = [labels.get((completion.position, completion.sample)) for _, _, completion in rows]
+    columns["desirable"] = [None if label is None else label.desirable for label in found]
+    columns["fate"] = [None if label is None else label.fate.value for label in found]
+    for name in ("logprobs", "sampling_logprobs"):
         arrays = [getattr(completion, name) for _, _, completion in rows]
         columns[name] = _list_array(arrays, np.float32)
-    arrays_in_order = [pa.array(columns[field.name], field.type) for field in COMPLETIONS_SCHEMA]
-    return pa.Table.from_arrays(arrays_in_order, schema=COMPLETIONS_SCHEMA)
+    return _table(columns, COMPLETIONS_SCHEMA)
+
+
+def reference_table(round_: Round) -> pa.Table:
+    """One row a completion: what the reference of the round says of it."""
+    completions = round_.completions
+    columns: dict[str, Any] = {
+        "round": [round_.index] * len(completions),
+        "position": [completion.position for completion in completions],
+        "sample": [completion.sample for completion in completions],
+        "reference_version": [round_.reference_version] * len(completions),
+        "reference_logprobs": _list_array(
+            [completion.reference_logprobs for completion in completions], np.float32
+        ),
+    }
+    return _table(columns, REFERENCE_SCHEMA)
+
+
+def _table(columns: Mapping[str, Any], schema: pa.Schema) -> pa.Table:
+    arrays = [pa.array(columns[field.name], field.type) for field in schema]
+    return pa.Table.from_arrays(arrays, schema=schema)
 
 
 def pairs_table(round_: Round) -> pa.Table:
@@ -111,6 +154,12 @@ def pairs_table(round_: Round) -> pa.Table:
         for pair in round_.pairs
     ]
     return pa.Table.from_pylist(rows, schema=PAIRS_SCHEMA)
+
+
+def reference_logprobs_of(table: pa.Table) -> dict[tuple[int, int], FloatArray]:
+    """Log-probabilities [tokens] by position and sample."""
+    columns = (_values(table.column(name)) for name in ("position", "sample", "reference_logprobs"))
+    return {(position, sample): row for position, sample, row in zip(*columns, strict=True)}
 
 
 def groups_of(completions: pa.Table, pairs: pa.Table) -> tuple[PromptGroup, ...]:
@@ -169,15 +218,19 @@ def _group(rows: list[dict[str, Any]], pairs: tuple[Pair, ...]) -> PromptGroup:
     first = rows[0]
     position = first["position"]
     content = json.loads(first["prompt"]) if first["chat"] else first["prompt"]
-    own = ("seed", "version", "ids", "logprobs", "sampling_logprobs", "finished", "text")
+    own = ("sample", "seed", "version", "ids", "logprobs", "sampling_logprobs", "finished", "text")
     completions = [
         Completion(
             position=position,
-            sample=row["sample"],
-            reference_logprobs=row["reference_logprobs"],
+            reference_share=row["reference_share"],
             **{name: row[name] for name in own},
         )
         for row in rows
+    ]
+    labels = [
+        Label(position, row["sample"], row["desirable"], Fate(row["fate"]))
+        for row in rows
+        if row["desirable"] is not None
     ]
     judgement = Judgement(
         position=position,
@@ -186,4 +239,4 @@ def _group(rows: list[dict[str, Any]], pairs: tuple[Pair, ...]) -> PromptGroup:
         wins=None if first["wins"] is None else np.stack([row["wins"] for row in rows]),
     )
     prompt = Prompt(position, first["prompt_ids"], content, json.loads(first["columns"]))
-    return PromptGroup(prompt, tuple(completions), judgement, pairs)
+    return PromptGroup(prompt, tuple(completions), judgement, pairs, tuple(labels))

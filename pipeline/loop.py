@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import replace
 
 from pipeline import resampling
 from pipeline.checkpoint import Checkpoints, Cursor
@@ -56,9 +57,11 @@ def run(
 
         clock.start()
         plan, pending = in_flight.popleft()
-        round_ = into_ledger(plan, pending, cfg, learner, sync, ledger, clock)
+        round_ = into_ledger(plan, pending, sync, ledger, clock)
+        round_ = scored(plan, round_, cfg, learner, ledger, clock)
 
-        batches = resampling.batches(plan, round_, cfg.sampling, cfg.run.seed)
+        needs = cfg.objective.needs
+        batches = resampling.batches(plan, round_, cfg.sampling, needs, cfg.run.seed)
         for done, batch in enumerate(batches[cursor.batch :], start=cursor.batch + 1):
             dial.check_lag(learner.version, round_)
             with clock.stage("learn"):
@@ -71,7 +74,7 @@ def run(
                         tracker.evaluation(evaluation)
             if checkpoints.due(learner.version) or stop.requested:
                 for waiting in in_flight:  # so that the checkpoint leaves nothing half-done
-                    into_ledger(*waiting, cfg, learner, sync, ledger, clock)
+                    into_ledger(*waiting, sync, ledger, clock)
                 position = (learner.version, round_.index, done)
                 checkpoints.save(learner, Cursor(*position, tracker.position(), drift.state()))
             stop.check(learner.version)
@@ -86,13 +89,11 @@ def run(
 def into_ledger(
     plan: RoundPlan,
     pending: PendingRound | None,
-    cfg: Config,
-    learner: RemoteLearner,
     sync: WeightSync,
     ledger: Ledger,
     clock: Clock,
 ) -> Round:
-    """The round: its sampler proved, scored by the reference, durable before it is learned from."""
+    """The round: its sampler proved, durable before it is learned from."""
     if pending is None or plan.index in ledger:
         return ledger.read(plan.index)
     with clock.stage("wait"):
@@ -100,7 +101,27 @@ def into_ledger(
     with clock.stage("sync"):
         gap = sync.prove(round_.version)
     clock.add("sync", sync.seconds)
-    with clock.stage("learn"):
-        round_ = resampling.with_reference(plan, round_, gap, cfg.sampling, cfg.run.seed, learner)
+    round_ = replace(round_, logprob_gap=gap)
     ledger.append(round_)
+    return round_
+
+
+def scored(
+    plan: RoundPlan,
+    round_: Round,
+    cfg: Config,
+    learner: RemoteLearner,
+    ledger: Ledger,
+    clock: Clock,
+) -> Round:
+    """The round as the reference sees it now that it begins; that is in the ledger, too."""
+    version = learner.begin_round(plan.index)
+    if version is None or round_.reference_version is not None:
+        return round_
+    with clock.stage("learn"):
+        round_ = replace(round_, reference_version=version)
+        round_ = resampling.with_reference(
+            plan, round_, cfg.sampling, cfg.objective.needs, cfg.run.seed, learner
+        )
+    ledger.append_reference(round_)
     return round_

@@ -13,6 +13,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from workers.tagged_union import TaggedUnion
+
 
 def explain(model: type[BaseModel], errors: Iterable[ErrorDetails]) -> list[str]:
     """A line for each mistake in a config of this model: dotted key, value, what it must be.
@@ -96,7 +98,9 @@ def _place(model: type[BaseModel], location: Iterable[str | int]) -> _Place:
     section: type[BaseModel] | None = model
     siblings: tuple[str, ...] = ()
     for step in location:
-        if section is not None and isinstance(step, str):
+        if field is not None and isinstance(step, str) and (branch := _branch(field, step)):
+            section, field = branch, None
+        elif section is not None and isinstance(step, str):
             siblings = tuple(section.model_fields)
             key = f"{key}.{step}".removeprefix(".")
             field = section.model_fields.get(step)
@@ -106,6 +110,14 @@ def _place(model: type[BaseModel], location: Iterable[str | int]) -> _Place:
         elif field is not None and get_origin(field.annotation) is dict:
             key = f"{key}.{step}"
     return _Place(key, field, siblings)
+
+
+def _branch(field: FieldInfo, tag: str) -> type[BaseModel] | None:
+    """The model that a tagged union's tag stands for, where the field is one."""
+    for part in (*field.metadata, *get_args(field.annotation)):
+        if isinstance(part, TaggedUnion):
+            return _section_of(part.branches.get(tag))
+    return None
 
 
 def _section_of(annotation: Any) -> type[BaseModel] | None:

@@ -11,6 +11,8 @@ from typing import Any
 from pipeline.config import Config
 from pipeline.learner import RemoteLearner
 from pipeline.tracking import metrics
+from workers.learner.objective_options import Options
+from workers.learner.options import ReferenceSchedule
 
 
 def write_policy(cfg: Config, learner: RemoteLearner, tokenizer: Any) -> Path:
@@ -45,13 +47,13 @@ def model_card(cfg: Config) -> str:
         "",
         f"`{cfg.policy.model}` aligned on fresh samples of its own with Freshpairs.",
         "",
-        f"- objective: {cfg.objective.name}, β = {cfg.objective.beta:g}, reference "
-        f"{cfg.reference.update}",
+        f"- objective: {_objective(cfg.objective)}, reference {_reference(cfg)}",
         f"- judge: {cfg.judge.name}",
         f"- {cfg.run.updates} updates of {cfg.sampling.prompts_per_update} prompts × "
         f"{cfg.sampling.completions_per_prompt} completions of at most "
         f"{cfg.sampling.max_new_tokens} tokens (temperature {cfg.sampling.temperature:g}), "
-        f"sampled {_how_often(cfg.resampling.updates_per_round)}; {pairs} pairs learned from",
+        f"sampled {_how_often(cfg.resampling.updates_per_round)}; {pairs} {_examples(cfg)} "
+        "learned from",
         f"- learning rate {cfg.learner.learning_rate:g} ({cfg.learner.schedule}), AdamW, "
         f"{cfg.policy.dtype}, seed {cfg.run.seed}",
         "",
@@ -70,8 +72,33 @@ def model_card(cfg: Config) -> str:
                 f"| {_figure(record['win_rate'])} |"
             )
         kl = next(iter(evaluations.values()))["kl_to_reference"]
-        lines += ["", f"KL to the starting model: {_figure(kl)} nats a sequence.", ""]
+        whom = "starting model" if cfg.reference.update == "frozen" else "last reference"
+        lines += ["", f"KL to the {whom}: {_figure(kl)} nats a sequence." if kl is not None else ""]
     return "\n".join(lines)
+
+
+def _examples(cfg: Config) -> str:
+    names = {"pairs": "pairs", "unpaired": "labels", "ranked": "rankings", "sampled": "samples"}
+    return names[cfg.objective.needs.records]
+
+
+def _objective(options: Options) -> str:
+    """The objective with every hyper-parameter that is not at rest."""
+    values = options.model_dump(exclude={"name"}).items()
+    shown = [f"{key} = {value}" for key, value in values if value not in (False, None, {}, 0.0)]
+    return f"{options.name} ({', '.join(shown)})"
+
+
+def _reference(cfg: Config) -> str:
+    if not (cfg.objective.needs.reference or cfg.drift.reference):
+        return "none"
+    match cfg.reference.update:
+        case ReferenceSchedule(every_rounds=int(rounds)):
+            return f"reset to the policy every {rounds} rounds"
+        case ReferenceSchedule(ema=decay):
+            return f"moving average of the policy, decay {decay}"
+        case _:
+            return "frozen"
 
 
 def _how_often(updates_per_round: float) -> str:

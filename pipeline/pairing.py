@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from judges.errors import UserError
 from judges.interface import Outcome, Verdict
@@ -22,7 +22,7 @@ from judges.plugins import (
     open_parameters,
     required,
 )
-from workers.messages import Completion, Fate, Judgement, Pair, Prompt
+from workers.messages import Completion, Fate, Judgement, Label, Pair, Prompt
 from workers.seeds import derive_seed
 
 Scores: TypeAlias = list[float | None]
@@ -38,7 +38,8 @@ class PairingOptions(BaseModel):
 
     strategy: str = Field(
         default="best_worst",
-        description="best_worst, best_random, random (two, whatever their scores), all, "
+        description="best_worst, best_random, random (two, whatever their scores), all, ranking "
+        "(each against the next best), threshold (no pairs: labels by score, for kto and bco), "
         "path/to/file.py:name or installed.module:name",
     )
     min_margin: float = Field(
@@ -47,10 +48,28 @@ class PairingOptions(BaseModel):
         description="Drop a pair whose scores differ by less; for a judge that compares, one whose "
         "|2 P(first better) - 1| is less",
     )
-    ties: Literal["drop"] = Field(default="drop", description="What becomes of a tie")
+    max_pairs: int | None = Field(
+        default=None,
+        ge=1,
+        description="Most pairs learned from a prompt, drawn at random; null = all",
+    )
+    ties: Literal["drop", "keep"] = Field(
+        default="drop", description="What becomes of a tie; keep learns from it as P = 0.5"
+    )
+    threshold: float | None = Field(
+        default=None,
+        allow_inf_nan=False,
+        description="With strategy threshold: above it a completion is desirable, below not",
+    )
     args: dict[str, Any] = Field(
         default_factory=dict, description="Keyword arguments of a plug-in strategy"
     )
+
+    @model_validator(mode="after")
+    def _threshold_with_its_strategy(self) -> PairingOptions:
+        if (self.threshold is not None) != (self.strategy == "threshold"):
+            raise ValueError("threshold: a number with strategy: threshold, and only with it")
+        return self
 
 
 class Pairing:
@@ -69,6 +88,9 @@ class Pairing:
     ) -> None:
         self._rule = _build_rule(options.strategy, options.args)
         self._min_margin = options.min_margin
+        self._max_pairs = options.max_pairs
+        self._threshold = options.threshold
+        self._keep_ties = options.ties == "keep"
         self._link = LINKS[link]
         self._drop_truncated = drop_truncated
         self._run_seed = run_seed
@@ -80,12 +102,43 @@ class Pairing:
 
         ``completions`` stand in order of their sample index. A pair has one fate, the first that
         holds of INVALID, IDENTICAL, TRUNCATED, TIE, MARGIN, else LEARN. ``label_prob`` is P(chosen
-        better): 1 under the hard link, 0.5 in a tie, NaN if INVALID. Raises UserError for a
-        plug-in's proposal that is no pair.
+        better): 1 under the hard link, 0.5 in a tie, NaN if INVALID. Past ``max_pairs`` to be
+        learned from the others are left out. Raises UserError for a plug-in's wrong proposal.
         """
         rng = np.random.default_rng(derive_seed(self._run_seed, "pairing", prompt.position))
         scores = [None if math.isnan(s) else s for s in judgement.scores.tolist()]
-        return tuple(self._pair(completions, judgement, i, j) for i, j in self._rule(scores, rng))
+        proposals = self._rule(scores, rng)
+        pairs = [self._pair(completions, judgement, i, j) for i, j in proposals]
+        learned = [index for index, pair in enumerate(pairs) if pair.fate is Fate.LEARN]
+        if self._max_pairs is not None and len(learned) > self._max_pairs:
+            kept = rng.choice(learned, size=self._max_pairs, replace=False).tolist()
+            pairs = [p for i, p in enumerate(pairs) if p.fate is not Fate.LEARN or i in kept]
+        return tuple(pairs)
+
+    def labels(
+        self, prompt: Prompt, completions: Sequence[Completion], judgement: Judgement
+    ) -> tuple[Label, ...]:
+        """With strategy ``threshold``, what each completion's score says of it, with its fate.
+
+        INVALID, TRUNCATED, TIE (at the threshold), MARGIN (nearer to it than ``min_margin``), else
+        LEARN; none with other strategies.
+        """
+        if self._threshold is None:
+            return ()
+        above = (judgement.scores - self._threshold).tolist()
+        return tuple(
+            Label(prompt.position, sample, margin > 0, self._label_fate(completion, margin))
+            for sample, (completion, margin) in enumerate(zip(completions, above, strict=True))
+        )
+
+    def _label_fate(self, completion: Completion, margin: float) -> Fate:
+        if math.isnan(margin):
+            return Fate.INVALID
+        if self._drop_truncated and not completion.finished:
+            return Fate.TRUNCATED
+        if margin == 0.0:
+            return Fate.TIE
+        return Fate.MARGIN if abs(margin) < self._min_margin else Fate.LEARN
 
     def _pair(
         self, completions: Sequence[Completion], judgement: Judgement, first: int, second: int
@@ -114,7 +167,7 @@ class Pairing:
         if self._drop_truncated and not (chosen.finished and rejected.finished):
             return Fate.TRUNCATED
         if verdict.outcome is Outcome.TIE:
-            return Fate.TIE
+            return Fate.LEARN if self._keep_ties else Fate.TIE
         return Fate.MARGIN if margin < self._min_margin else Fate.LEARN
 
 
@@ -162,11 +215,35 @@ def all_pairs(scores: Scores, _rng: np.random.Generator) -> Proposals:
     return list(itertools.combinations(range(len(scores)), 2))
 
 
+def ranking(scores: Scores, _rng: np.random.Generator) -> Proposals:
+    """Each valid score against the next lower one, from the best: a chain.
+
+    Of equals the lowest index stands in the chain; the others are ties with it.
+    """
+    valid = _valid(scores)
+    if len(valid) < 2:
+        return _unpairable(scores)
+    first_of: dict[float, int] = {}
+    for index in sorted(valid, key=lambda index: (-valid[index], index)):
+        first_of.setdefault(valid[index], index)
+    chain = list(first_of.values())
+    ties = [(first_of[s], index) for index, s in valid.items() if first_of[s] != index]
+    invalid = [(chain[0], index) for index in range(len(scores)) if index not in valid]
+    return [*itertools.pairwise(chain), *ties, *invalid]
+
+
+def no_pairs(_scores: Scores, _rng: np.random.Generator) -> Proposals:
+    """Completions are labelled one by one."""
+    return []
+
+
 STRATEGIES: Mapping[str, Rule] = {
     "best_worst": best_worst,
     "best_random": best_random,
     "random": random_pair,
     "all": all_pairs,
+    "ranking": ranking,
+    "threshold": no_pairs,
 }
 
 

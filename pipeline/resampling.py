@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from pipeline.batch import update_batch
 from pipeline.learner import RemoteLearner
+from pipeline.ledger import with_reference_logprobs
 from workers.generator import SamplingOptions
-from workers.messages import (
-    BatchCompletion,
-    BatchPair,
-    Fate,
-    FloatArray,
-    PromptGroup,
-    Round,
-    UpdateBatch,
-)
+from workers.learner.objective_options import Needs
+from workers.messages import BatchCompletion, Completion, FloatArray, Round, UpdateBatch
 from workers.seeds import derive_seed
 
 
@@ -116,9 +110,9 @@ class Dial:
 
 
 def batches(
-    plan: RoundPlan, round_: Round, sampling: SamplingOptions, run_seed: int
+    plan: RoundPlan, round_: Round, sampling: SamplingOptions, needs: Needs, run_seed: int
 ) -> list[UpdateBatch]:
-    """The updates a round feeds, in order.
+    """The updates a round feeds, in order, as the objective ``needs`` their examples.
 
     Each takes the next ``prompts_per_update`` prompts; the first pass in stream order, each later
     pass in a derived order of its own.
@@ -133,78 +127,40 @@ def batches(
             order = np.random.default_rng(seed).permutation(len(groups))
         for first in range(0, len(groups), sampling.prompts_per_update):
             chosen = [groups[i] for i in order[first : first + sampling.prompts_per_update]]
-            found.append(update_batch(chosen, sampling.truncated))
+            found.append(update_batch(chosen, needs, sampling.truncated))
         passed += 1
     return found[: plan.updates]
-
-
-def update_batch(
-    groups: Sequence[PromptGroup], truncated: Literal["train", "mask", "drop"] = "train"
-) -> UpdateBatch:
-    """The learned pairs of these prompts; a completion in several of them stands there once."""
-    completions: list[BatchCompletion] = []
-    pairs: list[BatchPair] = []
-    for group in groups:
-        place: dict[int, int] = {}
-        for pair in group.pairs:
-            if pair.fate is not Fate.LEARN:
-                continue
-            for sample in (pair.chosen, pair.rejected):
-                if sample not in place:
-                    place[sample] = len(completions)
-                    completion = group.completions[sample]
-                    learn = completion.finished or truncated != "mask"
-                    completions.append(BatchCompletion(group.prompt.ids, completion, learn))
-            pairs.append(BatchPair(place[pair.chosen], place[pair.rejected], pair.label_prob))
-    return UpdateBatch(tuple(completions), tuple(pairs))
 
 
 def with_reference(
     plan: RoundPlan,
     round_: Round,
-    logprob_gap: float,
     sampling: SamplingOptions,
+    needs: Needs,
     run_seed: int,
     learner: RemoteLearner,
 ) -> Round:
-    """The round with its ``logprob_gap`` and every completion's reference log-probabilities.
+    """The round with every completion's reference log-probabilities.
 
     Each completion is scored once, in the batches of the first pass, so that policy = reference
-    gives a log-ratio of exactly 0; completions that no pair holds are scored apart.
+    gives a log-ratio of exactly 0; completions that no example holds are scored apart.
     """
-    learned = batches(plan, round_, sampling, run_seed)
+    learned = batches(plan, round_, sampling, needs, run_seed)
     first_pass = learned[: math.ceil(len(round_.groups) / sampling.prompts_per_update)]
-    scored_batches = [*first_pass, _unpaired(round_.groups)]
-    scored: dict[tuple[int, int], FloatArray] = {}
+    held = {_key(item.completion) for batch in first_pass for item in batch.completions}
+    others = tuple(
+        BatchCompletion(group.prompt.ids, completion)
+        for group in round_.groups
+        for completion in group.completions
+        if _key(completion) not in held
+    )
+    scored_batches = [*first_pass, UpdateBatch(others, ())]
+    scored: dict[tuple[int, int], FloatArray | None] = {}
     for batch, scores in zip(scored_batches, learner.score_reference(scored_batches), strict=True):
         for item, logprobs in zip(batch.completions, scores, strict=True):
-            scored[item.completion.position, item.completion.sample] = logprobs
-    groups = tuple(
-        replace(
-            group,
-            completions=tuple(
-                replace(c, reference_logprobs=scored[c.position, c.sample])
-                for c in group.completions
-            ),
-        )
-        for group in round_.groups
-    )
-    return replace(round_, groups=groups, logprob_gap=logprob_gap)
+            scored[_key(item.completion)] = logprobs
+    return with_reference_logprobs(round_, scored)
 
 
-def _unpaired(groups: Sequence[PromptGroup]) -> UpdateBatch:
-    """The completions that no learned pair holds: scored for the drift measures only."""
-    completions = []
-    for group in groups:
-        paired = {
-            sample
-            for pair in group.pairs
-            if pair.fate is Fate.LEARN
-            for sample in (pair.chosen, pair.rejected)
-        }
-        completions += [
-            BatchCompletion(group.prompt.ids, completion)
-            for completion in group.completions
-            if completion.sample not in paired
-        ]
-    return UpdateBatch(tuple(completions), ())
+def _key(completion: Completion) -> tuple[int, int]:
+    return completion.position, completion.sample

@@ -52,7 +52,7 @@ class Rollout:
         pairing: Pairing,
         *,
         judge_name: str,
-        samples: int,
+        reference_shares: Sequence[float],
         prompts_per_unit: int,
         max_invalid_share: float,
         run_seed: int,
@@ -62,7 +62,7 @@ class Rollout:
         self._judge = judge
         self._pairing = pairing
         self._judge_name = judge_name
-        self._samples = samples
+        self._reference_shares = tuple(reference_shares)
         self._prompts_per_unit = prompts_per_unit
         self._max_invalid_share = max_invalid_share
         self._run_seed = run_seed
@@ -71,7 +71,7 @@ class Rollout:
         """Start a round with the weights that the generators hold or are about to receive."""
         prompts = self._prompts.take(plan.start, plan.prompts)
         requests = work_units(
-            prompts, self._prompts_per_unit, self._samples, self._run_seed, "sampling"
+            prompts, self._prompts_per_unit, self._reference_shares, self._run_seed, "sampling"
         )
         units: list[_Unit] = []
         for request, sampled in submit_units(self._generators, requests):
@@ -99,8 +99,10 @@ class Rollout:
                         f"round {index} was asked of version {version}, "
                         f"a generator sampled with version {sorted(wrong)[0]}"
                     )
-                pairs = self._pairing.pairs(prompt, completions, judgement)
-                groups.append(PromptGroup(prompt, tuple(completions), judgement, pairs))
+                judged_prompt = (prompt, completions, judgement)
+                pairs = self._pairing.pairs(*judged_prompt)
+                labels = self._pairing.labels(*judged_prompt)
+                groups.append(PromptGroup(prompt, tuple(completions), judgement, pairs, labels))
         refuse_invalid_rounds(groups, self._max_invalid_share, self._judge_name)
         seconds = {
             "generate": generate / len(self._generators),
@@ -110,11 +112,19 @@ class Rollout:
 
 
 def work_units(
-    prompts: Sequence[Prompt], size: int, samples: int, run_seed: int, purpose: str
+    prompts: Sequence[Prompt],
+    size: int,
+    reference_shares: Sequence[float],
+    run_seed: int,
+    purpose: str,
 ) -> list[SampleRequest]:
-    """Cut prompts into work units of ``size``: the same whatever the number of generators."""
+    """Cut prompts into work units of ``size``: the same whatever the number of generators.
+
+    ``reference_shares`` has an entry for each sample of a prompt, as in ``SampleRequest``.
+    """
+    shares = tuple(reference_shares)
     return [
-        SampleRequest(tuple(prompts[first : first + size]), samples, run_seed, purpose)
+        SampleRequest(tuple(prompts[first : first + size]), len(shares), run_seed, purpose, shares)
         for first in range(0, len(prompts), size)
     ]
 

@@ -29,6 +29,7 @@ UPDATE_KEYS = (
     "rewards_rejected",
     "chosen_logps",
     "rejected_logps",
+    "reference_version",
     "grad_norm",
     "learning_rate",
     "lag_mean",
@@ -37,10 +38,12 @@ UPDATE_KEYS = (
     "ess_per_token",
     "pairs",
     "tokens",
+    "objective",
     "seconds",
 )
 ROUND_KEYS = (
     "version",
+    "reference_version",
     "prompts",
     "completions",
     "pairs",
@@ -109,7 +112,7 @@ class Tracker:
         self.cut(self._path.read_bytes().rfind(b"\n") + 1)
 
     def update(self, record: Record) -> None:
-        """One optimizer step: exactly ``UPDATE_KEYS``."""
+        """One optimizer step: exactly ``UPDATE_KEYS``; the objective's own measures nest."""
         _check_keys("update", record, UPDATE_KEYS)
         self._updates += 1
         self._write("update", {key: record[key] for key in UPDATE_KEYS})

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from workers.generator import SampleRequest, SamplingOptions
 from workers.learner.learner import Learner
-from workers.learner.options import LearnerOptions, ObjectiveOptions
+from workers.learner.objective_options import DpoOptions, Options
+from workers.learner.options import LearnerOptions
 from workers.messages import BatchCompletion, BatchPair, Completion, Prompt, UpdateBatch
 from workers.options import PolicyOptions
 from workers.transformers_generator import TransformersGenerator
@@ -22,12 +23,12 @@ BOS, EOS = 1, 2
 
 
 def make_learner(
-    model: Path, *, updates: int = 100, objective: ObjectiveOptions | None = None, **options
+    model: Path, *, updates: int = 100, objective: Options | None = None, **options
 ) -> Learner:
     return Learner(
         PolicyOptions(model=str(model)),
         LearnerOptions(**options),
-        objective or ObjectiveOptions(),
+        objective or DpoOptions(),
         updates,
     )
 

@@ -19,7 +19,7 @@ def lengths_batch(
 
 
 def micro_batches(batch: UpdateBatch, budget: int) -> list[tuple[list[int], list[int]]]:
-    return list(rows_by_tokens(batch.completions, batch.pairs, budget))
+    return list(rows_by_tokens(batch.completions, batch.examples, budget))
 
 
 def widths(batch: UpdateBatch, rows: list[int]) -> list[int]:
@@ -48,9 +48,9 @@ def batches(draw: st.DrawFn) -> UpdateBatch:
 def test_every_completion_and_pair_once_within_the_budget(batch: UpdateBatch, budget: int):
     found = micro_batches(batch, budget)
     assert sorted(r for rows, _ in found for r in rows) == list(range(len(batch.completions)))
-    assert sorted(p for _, pairs in found for p in pairs) == list(range(len(batch.pairs)))
+    assert sorted(p for _, pairs in found for p in pairs) == list(range(len(batch.examples)))
     for rows, pairs in found:
-        edges = [(batch.pairs[p].chosen, batch.pairs[p].rejected) for p in pairs]
+        edges = [(batch.examples[p].chosen, batch.examples[p].rejected) for p in pairs]
         assert {end for edge in edges for end in edge} <= set(rows)
         assert max(widths(batch, rows)) * len(rows) <= budget or is_one_group(rows, edges)
     longest = [max(widths(batch, rows)) for rows, _ in found]

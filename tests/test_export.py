@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from judges.errors import UserError
 from judges.interface import Text
 from pipeline.export import export_pairs
 from pipeline.ledger import Ledger
-from workers.messages import Completion, Fate, Judgement, Pair, Prompt, PromptGroup, Round
+from workers.messages import Completion, Fate, Judgement, Label, Pair, Prompt, PromptGroup, Round
 
 CHAT: Text = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hi?"}]
 
@@ -113,6 +114,24 @@ def test_text_beside_chat_becomes_chat(tmp_path: Path, suffix: str) -> None:
     assert rows[1]["prompt"] == CHAT
 
 
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
+@pytest.mark.parametrize("content", ["once", CHAT])
+def test_labels(tmp_path: Path, suffix: str, content: Text) -> None:
+    labels = (Label(0, 2, True, Fate.LEARN), Label(0, 1, False, Fate.TIE))
+    group = replace(group_of(0, content, []), labels=(*labels, Label(0, 0, False, Fate.LEARN)))
+    Ledger(tmp_path / "ledger").append(Round(0, 4, (group,), judge="j", seconds={}))
+    out = tmp_path / f"set{suffix}"
+    assert export_pairs(tmp_path, out) == 2
+    first, second = load(out, tmp_path / "cache")
+    texts = [" “0”\n0", " “0”\n2"]
+    if content is CHAT:
+        assert first["prompt"] == CHAT
+        texts = [[{"role": "assistant", "content": text}] for text in texts]
+    assert [first["completion"], second["completion"]] == texts
+    assert (first["label"], second["label"]) == (False, True)
+    assert (second["completion_ids"], second["version"], second["position"]) == ([0, 2, 2], 4, 0)
+
+
 def message_of(run: Path, out: Path) -> str:
     with pytest.raises(UserError) as caught:
         export_pairs(run, out)
@@ -151,7 +170,7 @@ def test_a_run_that_learned_from_nothing(tmp_path: Path) -> None:
     Ledger(tmp_path / "ledger").append(Round(0, 0, (group,), judge="j", seconds={}))
     out = tmp_path / "set.parquet"
     assert message_of(tmp_path, out) == (
-        f"{tmp_path}: no pair was learned from in 1 rounds; see `dropped` in "
+        f"{tmp_path}: nothing was learned from in 1 rounds; see `dropped` in "
         f"{tmp_path / 'metrics.jsonl'} for the reasons"
     )
     assert not out.exists()

@@ -27,8 +27,10 @@ from tests.learner_helpers import (
     sampled_batch,
     with_reference,
 )
-from workers.learner.learner import Learner, effective_sample_share
-from workers.learner.options import LearnerOptions, ObjectiveOptions, learning_rate
+from workers.learner.learner import Learner
+from workers.learner.objective_options import DpoOptions
+from workers.learner.options import LearnerOptions, learning_rate
+from workers.learner.statistics import effective_sample_share
 from workers.messages import BatchCompletion, BatchPair, UpdateBatch
 from workers.options import PolicyOptions
 
@@ -62,7 +64,7 @@ def reordered(batch: UpdateBatch) -> UpdateBatch:
     place = {int(old): new for new, old in enumerate(order)}
     pairs = [
         replace(pair, chosen=place[pair.chosen], rejected=place[pair.rejected])
-        for pair in (batch.pairs[i] for i in random.permutation(len(batch.pairs)))
+        for pair in (batch.examples[i] for i in random.permutation(len(batch.examples)))
     ]
     return UpdateBatch(tuple(batch.completions[i] for i in order), tuple(pairs))
 
@@ -81,7 +83,7 @@ def plain_loss(model, batch: UpdateBatch, beta: float, reference=None) -> Tensor
         return (logps if c.learn else logps.detach()) - known
 
     losses = []
-    for pair in batch.pairs:
+    for pair in batch.examples:
         chosen, rejected = batch.completions[pair.chosen], batch.completions[pair.rejected]
         margin = beta * (log_ratio(chosen) - log_ratio(rejected))
         p = pair.label_prob
@@ -136,7 +138,7 @@ def test_updates_equal_a_plain_implementation(tiny_model: Path):
     beta, rate, decay, max_norm = 0.3, 1e-3, 0.1, 0.5
     learner = make_learner(
         tiny_model,
-        objective=ObjectiveOptions(beta=beta),
+        objective=DpoOptions(beta=beta),
         learning_rate=rate,
         weight_decay=decay,
         max_grad_norm=max_norm,
@@ -193,7 +195,7 @@ def test_gradient_does_not_depend_on_padding(tiny_model: Path):
     """A fourth pair, long and without a gradient, pads the others; the mean is over four then."""
     batch = written_batch(3)
     long = [item([1, 3], [token] * 38, learn=False) for token in (5, 6)]
-    padded = UpdateBatch((*batch.completions, *long), (*batch.pairs, BatchPair(6, 7, 1.0)))
+    padded = UpdateBatch((*batch.completions, *long), (*batch.examples, BatchPair(6, 7, 1.0)))
     assert_gradient(gradient(tiny_model, padded) * 4 / 3, gradient(tiny_model, batch))
 
 
@@ -253,7 +255,8 @@ def test_an_update_without_pairs_counts_and_changes_nothing(tiny_model: Path, co
     record = learner.update(UpdateBatch(completions, ()))
     assert learner.version == 2
     assert torch.equal(flat_weights(learner), before)
-    known = {"pairs": 0, "tokens": 0, "learning_rate": pytest.approx(0.05)}
+    known = {"pairs": 0, "tokens": 0, "objective": {}, "reference_version": 0}
+    known |= {"learning_rate": pytest.approx(0.05)}
     measures = "loss margin accuracy rewards_chosen rewards_rejected chosen_logps rejected_logps"
     measures += " grad_norm lag_mean lag_max ess ess_per_token"
     assert timeless(record) == dict.fromkeys(measures.split()) | known
@@ -287,9 +290,7 @@ def test_record_by_hand(tiny_model: Path):
                 version=version,
             )
         )
-    learner = make_learner(
-        tiny_model, objective=ObjectiveOptions(beta=0.2), tokens_per_micro_batch=1
-    )
+    learner = make_learner(tiny_model, objective=DpoOptions(beta=0.2), tokens_per_micro_batch=1)
     for _ in range(5):
         learner.update(NO_PAIRS)
     record = learner.update(batch_of(items, (0, 1), (2, 3), (4, 5, 0.75)))
@@ -316,6 +317,7 @@ def test_record_by_hand(tiny_model: Path):
         "tokens": 17,
     }
     del record["seconds"], record["grad_norm"], record["learning_rate"]
+    assert (record.pop("objective"), record.pop("reference_version")) == ({}, 0)
     assert record == pytest.approx(expected, abs=1e-5)
 
 
@@ -387,7 +389,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(tiny_model: Path):
     batch = written_batch()
     items = list(batch.completions)
     items[5] = item(items[5].prompt_ids, items[5].completion.ids, reference=math.nan)
-    with pytest.raises(FloatingPointError, match="update 1: the gradient norm is nan"):
+    with pytest.raises(FloatingPointError, match=r"dpo: the loss of pair \d \(prompt 0\) is nan"):
         learner.update(replace(batch, completions=tuple(items)))
     assert learner.version == 0
     assert torch.equal(flat_weights(learner), flat_weights(untouched))

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.ledger import Ledger
-from workers.messages import Completion, Fate, Judgement, Pair, Prompt, PromptGroup, Round
+from workers.messages import Completion, Fate, Judgement, Label, Pair, Prompt, PromptGroup, Round
 
 ULP = np.nextafter(np.float32(-0.1), np.float32(0))
 """A float32 that decimal rounding would lose."""
@@ -51,7 +51,7 @@ def make_round(index: int = 0) -> Round:
             },
         ),
         completions=(
-            make_completion(40, 0, reference_logprobs=np.array([-2, -math.inf, 0.5], np.float32)),
+            make_completion(40, 0),
             make_completion(40, 1, ids=np.array([9], np.int64), logprobs=np.float32([-7]), text=""),
         ),
         judgement=Judgement(40, np.array([1 / 3, -1e300]), ("good", None)),
@@ -93,7 +93,7 @@ def require_equal(a: Any, b: Any, path: str = "round") -> None:
     if isinstance(a, np.ndarray):
         assert isinstance(b, np.ndarray), path
         assert (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes()), path
-    elif isinstance(a, (Round, PromptGroup, Prompt, Completion, Judgement, Pair)):
+    elif isinstance(a, (Round, PromptGroup, Prompt, Completion, Judgement, Pair, Label)):
         assert type(a) is type(b), path
         for field in fields(a):
             require_equal(getattr(a, field.name), getattr(b, field.name), f"{path}.{field.name}")
@@ -107,8 +107,71 @@ def require_equal(a: Any, b: Any, path: str = "round") -> None:
 
 def test_round_trip_is_exact(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "ledger")
-    ledger.append(make_round(), reference_version=3)
+    ledger.append(make_round())
     require_equal(make_round(), Ledger(tmp_path / "ledger").read(0))
+
+
+def scored(round_: Round, version: int = 3) -> Round:
+    """Every completion with reference log-probabilities of its own, one of them −∞."""
+
+    def logprobs(c: Completion) -> np.ndarray[Any, Any]:
+        values = np.linspace(-c.sample - 0.1, ULP, len(c.ids), dtype=np.float32)
+        values[0] = -math.inf if c.sample == 1 else values[0]
+        return values
+
+    groups = [
+        replace(
+            g, completions=tuple(replace(c, reference_logprobs=logprobs(c)) for c in g.completions)
+        )
+        for g in round_.groups
+    ]
+    return replace(round_, groups=tuple(groups), reference_version=version)
+
+
+def test_what_the_reference_says_comes_later_and_is_exact(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    ledger.append(make_round())
+    ledger.append_reference(scored(make_round()))
+    require_equal(scored(make_round()), Ledger(tmp_path).read(0))
+    rows = pq.read_table(tmp_path / "round-000000.reference.parquet").to_pylist()
+    assert [(row["position"], row["sample"], row["reference_version"]) for row in rows] == [
+        (40, 0, 3),
+        (40, 1, 3),
+        (38, 0, 3),
+        (38, 1, 3),
+        (38, 2, 3),
+    ]
+    assert rows[1]["reference_logprobs"][0] == -math.inf
+
+
+def test_a_round_is_scored_once_and_only_if_it_is_there(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    with pytest.raises(KeyError, match="round 0 is not in"):
+        ledger.append_reference(scored(make_round()))
+    ledger.append(make_round())
+    ledger.append_reference(make_round())  # no reference scored it
+    assert not list(tmp_path.glob("*.reference.parquet"))
+    ledger.append_reference(scored(make_round()))
+    with pytest.raises(RuntimeError, match="a round is scored by one reference"):
+        ledger.append_reference(scored(make_round(), version=4))
+    assert ledger.read(0).reference_version == 3
+
+
+def test_labels_and_opponents_come_back(tmp_path: Path) -> None:
+    round_ = make_round()
+    first = round_.groups[0]
+    labels = (Label(40, 0, True, Fate.LEARN), Label(40, 1, False, Fate.MARGIN))
+    opponent = replace(first.completions[1], reference_share=0.25)
+    changed = replace(first, labels=labels, completions=(first.completions[0], opponent))
+    round_ = replace(round_, groups=(changed, round_.groups[1]))
+    Ledger(tmp_path).append(round_)
+    require_equal(round_, Ledger(tmp_path).read(0))
+    rows = pq.read_table(tmp_path / "round-000000.parquet").to_pylist()
+    assert [(r["desirable"], r["fate"], r["reference_share"]) for r in rows[:3]] == [
+        (True, "learn", 0.0),
+        (False, "margin", 0.25),
+        (None, None, 0.0),
+    ]
 
 
 def test_equality_sees_one_bit() -> None:
@@ -129,11 +192,10 @@ def test_arrays_read_are_writable(tmp_path: Path) -> None:
 def test_header(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path)
     ledger.append(make_round(0))
-    ledger.append(make_round(1), reference_version=7)
-    assert ledger.header(0).reference_version is None
+    ledger.append(make_round(1))
     header = ledger.header(1)
     assert (header.index, header.version, header.judge) == (1, 12, "sentiment")
-    assert (header.reference_version, header.seconds["generate"]) == (7, 0.1 + 0.2)
+    assert header.seconds["generate"] == 0.1 + 0.2
 
 
 def test_a_round_without_groups(tmp_path: Path) -> None:
@@ -176,7 +238,7 @@ def test_an_existing_round_is_refused_and_kept(tmp_path: Path) -> None:
 
 
 def test_completions_file(tmp_path: Path) -> None:
-    Ledger(tmp_path).append(make_round(), reference_version=3)
+    Ledger(tmp_path).append(make_round())
     rows = pq.read_table(tmp_path / "round-000000.parquet").to_pylist()
     assert [(row["position"], row["sample"]) for row in rows] == [
         (40, 0),
@@ -195,9 +257,7 @@ def test_completions_file(tmp_path: Path) -> None:
         "text": " once\n“π”",
         "logprobs": [-1.5, float(ULP), 0.0],
         "sampling_logprobs": None,
-        "reference_logprobs": [-2.0, -math.inf, 0.5],
         "version": 12,
-        "reference_version": 3,
         "seed": 2**63 - 1,
         "finished": True,
         "score": 1 / 3,

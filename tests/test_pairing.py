@@ -377,3 +377,67 @@ def test_options_are_closed_and_frozen():
     with pytest.raises(ValidationError):
         PairingOptions().strategy = "all"
     assert all(field.description for field in PairingOptions.model_fields.values())
+
+
+def links(pairs: list[Pair], fate: Fate) -> list[tuple[int, int]]:
+    return [(pair.chosen, pair.rejected) for pair in pairs if pair.fate is fate]
+
+
+def test_a_ranking_is_a_chain_from_the_best():
+    found = pairs_of([0.5, 2.0, 1.0, 2.0, NAN, -3.0], strategy="ranking")
+    # 1 and 3 are equal: the lower index stands in the chain 1 > 2 > 0 > 5.
+    assert links(found, Fate.LEARN) == [(1, 2), (2, 0), (0, 5)]
+    assert [{p.chosen, p.rejected} for p in found if p.fate is Fate.TIE] == [{1, 3}]
+    assert [{p.chosen, p.rejected} for p in found if p.fate is Fate.INVALID] == [{1, 4}]
+    assert links(pairs_of([1.0, 0.0], strategy="ranking"), Fate.LEARN) == [(0, 1)]
+
+
+def test_ties_may_be_kept_as_even_chances():
+    (pair,) = pairs_of([1.0, 1.0], ties="keep")
+    assert (pair.fate, pair.label_prob) == (Fate.LEARN, 0.5)
+    (pair,) = pairs_of(wins=[[0.5, 0.5], [0.5, 0.5]], ties="keep", min_margin=0.3)
+    assert (pair.fate, pair.label_prob) == (Fate.LEARN, 0.5)
+    (pair,) = pairs_of([NAN, NAN], ties="keep")
+    assert pair.fate is Fate.INVALID
+
+
+def test_no_more_pairs_than_asked_for_drawn_evenly():
+    scores = [1.0, 1.0, 0.0, 0.0]  # right against wrong: four pairs, two ties
+    assert len(links(pairs_of(scores, strategy="all"), Fate.LEARN)) == 4
+    counts: dict[tuple[int, int], int] = {}
+    for position in range(400):
+        found = pairs_of(scores, strategy="all", max_pairs=3, position=position)
+        assert len(links(found, Fate.TIE)) == 2
+        kept = links(found, Fate.LEARN)
+        assert len(set(kept)) == 3
+        assert kept == sorted(kept)
+        for pair in kept:
+            counts[pair] = counts.get(pair, 0) + 1
+    assert set(counts) == {(0, 2), (0, 3), (1, 2), (1, 3)}
+    # 300 each expected; the standard deviation is √(400·¾·¼) ≈ 8.7.
+    assert all(abs(count - 300) < 40 for count in counts.values())
+    again = [pairs_of(scores, strategy="all", max_pairs=3, position=7) for _ in range(2)]
+    assert links(again[0], Fate.LEARN) == links(again[1], Fate.LEARN)
+
+
+@pytest.mark.parametrize("drop_truncated", [False, True])
+def test_a_threshold_labels_completions_one_by_one(drop_truncated):
+    options = PairingOptions(strategy="threshold", threshold=0.5, min_margin=0.25)
+    pairing = Pairing(options, link="hard", drop_truncated=drop_truncated, run_seed=0)
+    scores = [0.75, 0.5, NAN, 0.125, 0.625, 2.0]
+    completions = [completion(i, [i], finished=i != 5) for i in range(6)]
+    judged = Judgement(0, np.array(scores), (None,) * 6)
+    labels = pairing.labels(Prompt(0, np.array([1]), "p"), completions, judged)
+    last = Fate.TRUNCATED if drop_truncated else Fate.LEARN
+    assert [(label.sample, label.fate) for label in labels] == [
+        (0, Fate.LEARN),
+        (1, Fate.TIE),
+        (2, Fate.INVALID),
+        (3, Fate.LEARN),
+        (4, Fate.MARGIN),
+        (5, last),
+    ]
+    assert [label.desirable for label in labels if label.sample in (0, 3, 5)] == [True, False, True]
+    assert pairing.pairs(Prompt(0, np.array([1]), "p"), completions, judged) == ()
+    plain = Pairing(PairingOptions(), link="hard", drop_truncated=False, run_seed=0)
+    assert plain.labels(Prompt(0, np.array([1]), "p"), completions, judged) == ()

@@ -27,14 +27,36 @@ def on_ray(cfg: Config, run_dir: Path) -> Config:
     return cfg.model_copy(update={"run": run, "cluster": cluster})
 
 
-@pytest.mark.parametrize("rounds_in_flight", [0, 1])
+OWN = """
+from workers.learner.objectives import needs
+
+@needs(per_token=True)
+def first_token(logps):
+    sides = (logps.chosen_logprobs, logps.rejected_logprobs)
+    chosen, rejected = (side.policy_BT[:, 0] - side.ref_BT[:, 0] for side in sides)
+    return (1.0 - chosen + rejected).clamp_min(0.0)
+"""
+
+
+@pytest.mark.parametrize(
+    ("objective", "rounds_in_flight"),
+    [
+        ({"name": "dpo"}, 0),
+        ({"name": "dpo"}, 1),
+        pytest.param({"name": "kto"}, 1, marks=pytest.mark.slow),
+        pytest.param({"name": "nash_md"}, 1, marks=pytest.mark.slow),
+        pytest.param({"name": "{folder}/own.py:first_token"}, 1, marks=pytest.mark.slow),
+    ],
+)
 def test_ray_and_inline_agree_to_the_bit(
-    tiny_model: Path, tmp_path: Path, rounds_in_flight: int
+    tiny_model: Path, tmp_path: Path, objective: dict[str, str], rounds_in_flight: int
 ) -> None:
     prompts = {"path": str(tmp_path / "prompts.jsonl")}
+    (tmp_path / "own.py").write_text(OWN)
     cfg = tiny.config(
         tiny_model,
         tmp_path,
+        objective={"name": objective["name"].format(folder=tmp_path)},
         resampling={"updates_per_round": 2, "rounds_in_flight": rounds_in_flight},
         evaluation={"every": 3, "count": 5, "prompts": prompts},
     )

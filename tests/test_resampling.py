@@ -13,16 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from pipeline.batch import update_batch
 from pipeline.learner import RemoteLearner
-from pipeline.resampling import (
-    Dial,
-    ResamplingOptions,
-    RoundPlan,
-    batches,
-    update_batch,
-    with_reference,
-)
+from pipeline.resampling import Dial, ResamplingOptions, RoundPlan, batches, with_reference
 from workers.generator import SamplingOptions
+from workers.learner.objective_options import Needs
 from workers.messages import (
     BatchPair,
     Completion,
@@ -35,6 +30,7 @@ from workers.messages import (
     UpdateBatch,
 )
 
+PAIRS = Needs()
 updates_per_round = st.one_of(st.integers(1, 12), st.just(math.inf))
 dials = given(
     updates=st.integers(1, 40),
@@ -92,7 +88,7 @@ def round_of(groups: Sequence[PromptGroup], index: int = 0, version: int = 0) ->
 
 def positions(batch: UpdateBatch) -> list[int]:
     """The prompts of a batch's pairs, in order."""
-    return [batch.completions[pair.chosen].completion.position for pair in batch.pairs]
+    return [batch.completions[pair.chosen].completion.position for pair in batch.examples]
 
 
 def held(batch: UpdateBatch) -> list[tuple[int, int]]:
@@ -204,15 +200,15 @@ SAMPLING = SamplingOptions(prompts_per_update=3)
 def test_two_passes_over_two_updates_prompts():
     plan = dial_of(2, 2, 0, updates=4, prompts=3).plan(0)
     round_ = round_of([group(p) for p in range(6)])
-    found = batches(plan, round_, SAMPLING, run_seed=0)
+    found = batches(plan, round_, SAMPLING, PAIRS, run_seed=0)
     assert [positions(batch) for batch in found[:2]] == [[0, 1, 2], [3, 4, 5]]
     second = positions(found[2]) + positions(found[3])
     assert sorted(second) == [0, 1, 2, 3, 4, 5]
     assert second != [0, 1, 2, 3, 4, 5]
-    assert [len(batch.pairs) for batch in found] == [3, 3, 3, 3]
-    assert [pair.label_prob for batch in found for pair in batch.pairs] == [0.9] * 12
+    assert [len(batch.examples) for batch in found] == [3, 3, 3, 3]
+    assert [pair.label_prob for batch in found for pair in batch.examples] == [0.9] * 12
     for batch in found:
-        for pair in batch.pairs:
+        for pair in batch.examples:
             chosen, rejected = (batch.completions[i] for i in (pair.chosen, pair.rejected))
             assert (chosen.completion.sample, rejected.completion.sample) == (0, 1)
             assert chosen.completion.position == rejected.completion.position
@@ -233,9 +229,9 @@ def test_every_pass_uses_every_prompt_once(updates, prompts, per_round, passes, 
     for plan in plans_of(dial):
         stream = list(range(plan.start, plan.start + plan.prompts))
         round_ = round_of([group(p) for p in stream], plan.index)
-        found = batches(plan, round_, sampling, seed)
+        found = batches(plan, round_, sampling, PAIRS, seed)
         assert len(found) == plan.updates
-        assert all(len(batch.pairs) == prompts for batch in found)
+        assert all(len(batch.examples) == prompts for batch in found)
         in_a_pass = plan.prompts // prompts
         orders = [
             [p for batch in found[first : first + in_a_pass] for p in positions(batch)]
@@ -255,7 +251,7 @@ def test_later_passes_have_orders_of_their_own_derived_from_the_seed():
     round_ = round_of([group(p) for p in range(12)])
 
     def orders(index: int, seed: int) -> list[list[int]]:
-        found = batches(RoundPlan(index, 0, plan.updates, 0, 12), round_, sampling, seed)
+        found = batches(RoundPlan(index, 0, plan.updates, 0, 12), round_, sampling, PAIRS, seed)
         return [positions(batch) for batch in found]
 
     assert orders(0, seed=0) == orders(0, seed=0)
@@ -268,24 +264,24 @@ def test_later_passes_have_orders_of_their_own_derived_from_the_seed():
 
 @pytest.mark.parametrize("fate", [fate for fate in Fate if fate is not Fate.LEARN])
 def test_dropped_pairs_and_their_completions_are_not_learned_from(fate):
-    batch = update_batch([group(0, fate=fate), group(1)])
+    batch = update_batch([group(0, fate=fate), group(1)], PAIRS)
     assert held(batch) == [(1, 0), (1, 1)]
-    assert batch.pairs == (BatchPair(0, 1, 0.9),)
-    assert update_batch([group(0, fate=fate)]).pairs == ()
+    assert batch.examples == (BatchPair(0, 1, 0.9),)
+    assert update_batch([group(0, fate=fate)], PAIRS).examples == ()
 
 
 def test_an_update_whose_pairs_were_all_dropped_is_still_an_update():
     plan = dial_of(2, 1, 0, updates=2, prompts=1).plan(0)
     round_ = round_of([group(0, fate=Fate.TIE), group(1)])
-    found = batches(plan, round_, SamplingOptions(prompts_per_update=1), run_seed=0)
-    assert [len(batch.pairs) for batch in found] == [0, 1]
+    found = batches(plan, round_, SamplingOptions(prompts_per_update=1), PAIRS, run_seed=0)
+    assert [len(batch.examples) for batch in found] == [0, 1]
     assert found[0].completions == ()
 
 
 def test_a_completion_in_several_pairs_stands_once():
-    batch = update_batch([group(4, pairs=[(2, 0), (2, 1), (0, 1)], samples=4), group(5)])
+    batch = update_batch([group(4, pairs=[(2, 0), (2, 1), (0, 1)], samples=4), group(5)], PAIRS)
     assert held(batch) == [(4, 2), (4, 0), (4, 1), (5, 0), (5, 1)]
-    assert [(pair.chosen, pair.rejected) for pair in batch.pairs] == [
+    assert [(pair.chosen, pair.rejected) for pair in batch.examples] == [
         (0, 1),
         (0, 2),
         (1, 2),
@@ -297,12 +293,12 @@ def test_a_completion_in_several_pairs_stands_once():
     ("truncated", "learn"), [("train", [True] * 4), ("mask", [True, False, True, True])]
 )
 def test_only_mask_keeps_gradients_out_of_unfinished_completions(truncated, learn):
-    batch = update_batch([group(0, unfinished=[1]), group(1)], truncated)
+    batch = update_batch([group(0, unfinished=[1]), group(1)], PAIRS, truncated)
     assert held(batch) == [(0, 0), (0, 1), (1, 0), (1, 1)]
     assert [item.learn for item in batch.completions] == learn
     plan = RoundPlan(0, 0, updates=1, start=0, prompts=2)
     sampling = SamplingOptions(prompts_per_update=2, truncated=truncated)
-    (again,) = batches(plan, round_of([group(0, unfinished=[1]), group(1)]), sampling, 0)
+    (again,) = batches(plan, round_of([group(0, unfinished=[1]), group(1)]), sampling, PAIRS, 0)
     assert [item.learn for item in again.completions] == learn
 
 
@@ -345,18 +341,17 @@ def test_the_reference_scores_every_completion_exactly_once(updates, passes):
     assert math.ceil(updates / passes) == 2
     sampling = SamplingOptions(prompts_per_update=2, truncated="mask")
     scorer = Scorer()
-    scored = with_reference(plan, round_, 0.125, sampling, 0, RemoteLearner(scorer))
+    scored = with_reference(plan, round_, sampling, PAIRS, 0, RemoteLearner(scorer))
 
     asked = [place for batch in scorer.batches for place in held(batch)]
     everything = [(c.position, c.sample) for c in round_.completions]
     assert sorted(asked) == sorted(everything)
     # In the batches of the first pass, so that they meet the micro-batches of their update.
-    learned = batches(plan, round_, sampling, 0)[:2]
+    learned = batches(plan, round_, sampling, PAIRS, 0)[:2]
     assert [held(batch) for batch in scorer.batches[:2]] == [held(batch) for batch in learned]
-    assert [batch.pairs for batch in scorer.batches[:2]] == [batch.pairs for batch in learned]
+    assert [batch.examples for batch in scorer.batches[:2]] == [batch.examples for batch in learned]
     assert [held(batch) for batch in scorer.batches[2:]] == [[(0, 3), (1, 0), (1, 1)]]
 
-    assert scored.logprob_gap == 0.125
     assert [(c.position, c.sample) for c in scored.completions] == everything
     for found in scored.completions:
         assert found.reference_logprobs is not None

@@ -13,7 +13,14 @@ from scipy import stats
 from torch import Tensor
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from workers.sampler import Drawn, draw, logprobs_of, request_uniforms, truncate
+from workers.sampler import (
+    Drawn,
+    draw,
+    geometric_mixture,
+    logprobs_of,
+    request_uniforms,
+    truncate,
+)
 
 LARGEST_UNIFORM = 1.0 - 1e-16
 """The largest number below 1 that a float64 holds."""
@@ -156,6 +163,38 @@ def test_without_shaping_both_logprobs_are_the_plain_softmax():
     np.testing.assert_allclose(drawn.logprobs_B, expected, atol=2e-6)
     np.testing.assert_allclose(drawn.sampling_logprobs_B, expected, atol=2e-6)
     np.testing.assert_allclose(logprobs_of(logits, drawn.ids_B), expected, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("share", "temperature", "expected"),
+    [
+        # √(4·4) : √(4·1) : √(1·4), and their squares.
+        (0.5, 1.0, [1 / 2, 1 / 4, 1 / 4]),
+        (0.5, 0.5, [2 / 3, 1 / 6, 1 / 6]),
+        (0.0, 1.0, [4 / 9, 4 / 9, 1 / 9]),
+        (1.0, 1.0, [4 / 9, 1 / 9, 4 / 9]),
+    ],
+)
+def test_mixture_by_hand(share: float, temperature: float, expected):
+    policy, reference = np.array([4, 4, 1]) / 9, np.array([4, 1, 4]) / 9
+    # Logits are log-probabilities up to a constant.
+    logits, others = torch.tensor(policy)[None].log() + 3, torch.tensor(reference)[None].log() - 8
+    mixed = geometric_mixture(logits, others, share)
+    drawn = draw_each(
+        logits, request_uniforms(0, 200), temperature=temperature, mixed_BV=mixed.expand(200, -1)
+    )
+    assert set(drawn.ids_B.tolist()) == {0, 1, 2}
+    np.testing.assert_allclose(drawn.logprobs_B, np.log(policy)[drawn.ids_B], atol=1e-6)
+    np.testing.assert_allclose(drawn.sampling_logprobs_B, np.log(expected)[drawn.ids_B], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("share", "expected"), [(0.5, [1, 0, 0]), (1.0, [1 / 2, 0, 1 / 2])], ids=["half", "one"]
+)
+def test_a_mixture_with_impossible_tokens(share: float, expected):
+    policy, reference = torch.tensor([[0.5, 0.5, 0.0]]), torch.tensor([[0.5, 0.0, 0.5]])
+    mixed = geometric_mixture(policy.log(), reference.log(), share)
+    assert softmax(mixed)[0].tolist() == expected
 
 
 @pytest.mark.parametrize("top_k", [None, 1, 7, 300, 1000])

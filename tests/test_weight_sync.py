@@ -19,7 +19,8 @@ from pipeline.sync import GAP_LIMIT, PROBE_NEW_TOKENS, WeightSync, probe_gap
 from tests import tiny
 from workers.generator import SampleRequest, SamplingOptions
 from workers.learner.learner import Learner
-from workers.learner.options import LearnerOptions, ObjectiveOptions
+from workers.learner.objective_options import DpoOptions
+from workers.learner.options import LearnerOptions
 from workers.messages import (
     BatchCompletion,
     BatchPair,
@@ -425,7 +426,7 @@ def workers(tiny_model):
     policy = PolicyOptions(model=str(tiny_model))
     sampling = SamplingOptions(max_new_tokens=8)
     options = LearnerOptions(learning_rate=0.05)
-    learner = inline(lambda: Learner(policy, options, ObjectiveOptions(), 4))
+    learner = inline(lambda: Learner(policy, options, DpoOptions(), 4))
     generators = [inline(lambda: TransformersGenerator(policy, sampling)) for _ in range(2)]
     return RemoteLearner(learner), generators, np.array([1, *(3 + np.arange(31) % 21)], np.int64)
 
@@ -450,7 +451,7 @@ def learn(learner: RemoteLearner, completions: list[Completion]) -> None:
         )
         for item, logprobs in zip(items, scores, strict=True)
     )
-    learner.update(UpdateBatch(scored, batch.pairs))
+    learner.update(UpdateBatch(scored, batch.examples))
 
 
 def test_a_push_after_an_update_changes_what_is_sampled(workers):
@@ -512,8 +513,6 @@ def test_a_corrupted_push_is_refused_and_the_version_stays(workers):
 def test_weights_of_another_model_are_refused(workers, tmp_path):
     _, (generator, _), _ = workers
     other = tiny.save_model(tmp_path / "other", words=tiny.WORDS[:-1])
-    learner = Learner(
-        PolicyOptions(model=str(other)), LearnerOptions(), ObjectiveOptions(), updates=1
-    )
+    learner = Learner(PolicyOptions(model=str(other)), LearnerOptions(), DpoOptions(), updates=1)
     with pytest.raises(SyncError, match=r"embed_tokens.weight has shape \(23, 32\).*\(24, 32\)"):
         generator.submit("load", learner.weights())

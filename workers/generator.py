@@ -65,12 +65,15 @@ class SampleRequest:
     """A work unit: prompts sampled together, its composition independent of the replicas.
 
     A sample's seed is derived from (run seed, purpose, the prompt's position, the sample's index).
+    ``reference_shares`` has the μ of each sample: it is drawn from π^(1−μ)·π_ref^μ, normalised
+    token by token (0 is the policy, 1 the reference); empty is the policy for every sample.
     """
 
     prompts: tuple[Prompt, ...]
     samples: int
     run_seed: int
     purpose: str
+    reference_shares: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -39,7 +39,8 @@ class Completion:
     ``ids`` [T] end in an EOS only if it was sampled (``finished``). ``logprobs`` [T] are under the
     plain softmax at temperature 1; ``sampling_logprobs`` [T] under the distribution it was really
     drawn from, None where that is the same. ``version`` is the policy version that wrote it.
-    ``reference_logprobs`` [T] are filled in once a reference has scored it.
+    ``reference_logprobs`` [T] are filled in once a reference has scored it. ``reference_share`` μ
+    says whose sample it is: of π^(1−μ)·π_ref^μ, normalised token by token; 0 is the policy's own.
     """
 
     position: int
@@ -52,6 +53,7 @@ class Completion:
     finished: bool
     text: str
     reference_logprobs: FloatArray | None = None
+    reference_share: float = 0.0
 
     @property
     def behaviour_logprobs(self) -> FloatArray:
@@ -90,7 +92,7 @@ class Judgement:
 
 
 class Fate(enum.Enum):
-    """What became of a pair: learned from, or the reason why not."""
+    """What became of a pair or a label: learned from, or the reason why not."""
 
     LEARN = "learn"
     TIE = "tie"
@@ -111,22 +113,34 @@ class Pair:
     fate: Fate
 
 
+@dataclass(frozen=True, slots=True)
+class Label:
+    """One completion of a prompt by its sample index: desirable or not, without a partner."""
+
+    position: int
+    sample: int
+    desirable: bool
+    fate: Fate
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class PromptGroup:
-    """A prompt with all that was sampled and said of it in a round."""
+    """A prompt with all that was sampled and said of it in a round: pairs, or labels."""
 
     prompt: Prompt
     completions: tuple[Completion, ...]
     judgement: Judgement
     pairs: tuple[Pair, ...]
+    labels: tuple[Label, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Round:
     """One sampling of prompts by one policy version, judged and paired.
 
-    ``logprob_gap`` is the generators' distance from the learner when their weights were proved.
-    ``seconds`` are wall-clock by stage: the only part of a round that differs between reruns.
+    ``logprob_gap`` is the generators' distance from the learner when their weights were proved;
+    ``reference_version`` that of the reference which scored it, None before or without. ``seconds``
+    are wall-clock by stage: the only part of a round that differs between reruns.
     """
 
     index: int
@@ -135,6 +149,7 @@ class Round:
     judge: str
     seconds: Mapping[str, float]
     logprob_gap: float | None = None
+    reference_version: int | None = None
 
     @property
     def completions(self) -> list[Completion]:
@@ -143,6 +158,10 @@ class Round:
     @property
     def pairs(self) -> list[Pair]:
         return [pair for group in self.groups for pair in group.pairs]
+
+    @property
+    def labels(self) -> list[Label]:
+        return [label for group in self.groups for label in group.labels]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -162,10 +181,58 @@ class BatchPair:
     rejected: int
     label_prob: float
 
+    @property
+    def rows(self) -> tuple[int, ...]:
+        return (self.chosen, self.rejected)
+
+
+@dataclass(frozen=True, slots=True)
+class BatchLabel:
+    """Index into ``UpdateBatch.completions``: desirable or not; the prompt as people read it."""
+
+    completion: int
+    desirable: bool
+    prompt: str
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        return (self.completion,)
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRanking:
+    """Indices into ``UpdateBatch.completions`` of one prompt, best first."""
+
+    completions: tuple[int, ...]
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        return self.completions
+
+
+@dataclass(frozen=True, slots=True)
+class BatchSample:
+    """Index of a policy sample into ``UpdateBatch.completions``, P(better than its opponent)."""
+
+    completion: int
+    win_prob: float
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        return (self.completion,)
+
+
+BatchExample: TypeAlias = BatchPair | BatchLabel | BatchRanking | BatchSample
+"""What has one loss."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class UpdateBatch:
-    """What one update learns from. A completion in several pairs stands here once."""
+    """What one update learns from: examples of one type over completions that stand here once.
+
+    ``mismatched`` are completions under prompts that they were not written for (KTO).
+    """
 
     completions: tuple[BatchCompletion, ...]
-    pairs: tuple[BatchPair, ...]
+    examples: tuple[BatchExample, ...]
+    mismatched: tuple[BatchCompletion, ...] = ()

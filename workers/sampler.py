@@ -31,19 +31,32 @@ def draw(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float = 1.0,
+    mixed_BV: Tensor | None = None,
 ) -> Drawn:
     """Sample one token a row from ``softmax(logits / temperature)``, truncated.
 
     ``uniforms_B`` are float64 in [0, 1). Truncation is top-k, then top-p among what is left, as in
-    transformers and vLLM.
+    transformers and vLLM. ``mixed_BV`` are the logits to sample from where that is not the policy
+    alone; ``logits_BV`` are its own, and give the plain log-probabilities, all the same.
     """
     logits_BV = logits_BV.float()
-    if temperature == 1.0 and top_k is None and top_p >= 1.0:
+    if mixed_BV is None and temperature == 1.0 and top_k is None and top_p >= 1.0:
         ids_B, logprobs_B = _inverse_cdf(logits_BV, uniforms_B)
         return Drawn(ids_B, logprobs_B, logprobs_B)
-    sampled_BV = truncate(logits_BV / temperature, top_k, top_p)
+    source_BV = logits_BV if mixed_BV is None else mixed_BV.float()
+    sampled_BV = truncate(source_BV / temperature, top_k, top_p)
     ids_B, sampling_logprobs_B = _inverse_cdf(sampled_BV, uniforms_B)
     return Drawn(ids_B, logprobs_of(logits_BV, ids_B), sampling_logprobs_B)
+
+
+def geometric_mixture(policy_BV: Tensor, reference_BV: Tensor, share: float) -> Tensor:
+    """Logits [B, V] of π^(1−share)·π_ref^share, up to a constant a row.
+
+    Logits do for log π and log π_ref: they differ by a constant a row, which softmax ignores.
+    """
+    if share == 1.0:  # what the policy makes impossible, 0 · (−∞), is not a number
+        return reference_BV.float()
+    return (1.0 - share) * policy_BV.float() + share * reference_BV.float()
 
 
 def logprobs_of(logits_BV: Tensor, ids_B: Tensor) -> Tensor:

@@ -3,74 +3,24 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers import AutoTokenizer
 
 from workers.generator import SampledUnit, SampleRequest, SamplingOptions
+from workers.kv_cache import preallocated_cache
 from workers.messages import Completion, IntArray, Prompt, probe_completion
 from workers.models.load import load_policy
 from workers.models.resolve import resolve_model
 from workers.options import PolicyOptions
-from workers.sampler import draw, logprobs_of, request_uniforms
+from workers.sampler import draw, geometric_mixture, logprobs_of, request_uniforms
 from workers.seeds import derive_seed
 from workers.weight_sync.buckets import Receipt, WeightPush, receipt_of, unpack_into
-
-
-class _PreallocatedLayer(DynamicLayer):  # type: ignore[misc]
-    """A cache layer that writes in place; transformers' own copies all of itself every token."""
-
-    def __init__(self, capacity: int) -> None:
-        super().__init__()
-        self._capacity = capacity
-        self._length = 0
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        super().lazy_initialization(key_states, value_states)
-        batch, heads, _, width = key_states.shape
-        self._keys = key_states.new_empty(batch, heads, self._capacity, width)
-        self._values = value_states.new_empty(batch, heads, self._capacity, value_states.shape[-1])
-        self._show()
-
-    def _show(self) -> None:
-        self.keys = self._keys[:, :, : self._length]
-        self.values = self._values[:, :, : self._length]
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        end = self._length + key_states.shape[-2]
-        self._keys[:, :, self._length : end] = key_states
-        self._values[:, :, self._length : end] = value_states
-        self._length = end
-        self._show()
-        return self.keys, self.values
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self._keys, self._values = self._keys[indices], self._values[indices]
-        self._show()
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._keys = self._keys.repeat_interleave(repeats, dim=0)
-        self._values = self._values.repeat_interleave(repeats, dim=0)
-        self._show()
-
-
-def preallocated_cache(config: Any, capacity: int) -> DynamicCache:
-    """A cache for ``capacity`` tokens; layers of other kinds (sliding windows) stay as they are."""
-    cache = DynamicCache(config=config)
-    cache.layers = [
-        _PreallocatedLayer(capacity) if type(layer) is DynamicLayer else layer
-        for layer in cache.layers
-    ]
-    return cache
 
 
 @dataclass(slots=True)
@@ -80,6 +30,7 @@ class _Row:
     prompt: Prompt
     sample: int
     seed: int
+    share: float
     ids: list[int]
     logprobs: list[float]
     sampling_logprobs: list[float]
@@ -87,12 +38,19 @@ class _Row:
 
 
 class TransformersGenerator:
-    """Samples with transformers on this machine; ``version`` is that of the last weights loaded."""
+    """Samples with transformers on this machine; ``version`` is that of the last weights loaded.
 
-    def __init__(self, policy: PolicyOptions, sampling: SamplingOptions) -> None:
+    With ``reference`` it also holds the starting model, which no push touches, and can draw from
+    the geometric mixture of the two.
+    """
+
+    def __init__(
+        self, policy: PolicyOptions, sampling: SamplingOptions, reference: bool = False
+    ) -> None:
         self.version = -1
         self._sampling = sampling
         self._model = load_policy(policy).requires_grad_(False)
+        self._reference = load_policy(policy).requires_grad_(False) if reference else None
         self._tokenizer = AutoTokenizer.from_pretrained(resolve_model(policy.model))
         self._eos = torch.tensor(eos_ids(self._model, self._tokenizer))
 
@@ -110,14 +68,21 @@ class TransformersGenerator:
 
     @torch.inference_mode()
     def sample(self, request: SampleRequest) -> SampledUnit:
-        """Draw ``request.samples`` completions of each prompt; they share its prefill."""
+        """Draw ``request.samples`` completions of each prompt.
+
+        Those of one prompt and one reference share have their prefill in common. Raises ValueError
+        for reference shares that are not one in [0, 1] a sample, or that need a reference where
+        this generator has none.
+        """
         began = time.perf_counter()
+        shares = self._shares(request)
         rows = [
-            _Row(prompt, sample, self._seed(request, prompt, sample), [], [], [])
+            _Row(prompt, sample, self._seed(request, prompt, sample), share, [], [], [])
             for prompt in request.prompts
-            for sample in range(request.samples)
+            for sample, share in enumerate(shares)
         ]
-        self._decode(request, rows)
+        for share in sorted(set(shares)):
+            self._decode(request.prompts, [row for row in rows if row.share == share], share)
         done = [self._completion(row) for row in rows]
         n = request.samples
         grouped = tuple(tuple(done[i : i + n]) for i in range(0, len(done), n))
@@ -127,15 +92,36 @@ class TransformersGenerator:
     def _seed(request: SampleRequest, prompt: Prompt, sample: int) -> int:
         return derive_seed(request.run_seed, request.purpose, prompt.position, sample)
 
-    def _decode(self, request: SampleRequest, rows: list[_Row]) -> None:
+    def _shares(self, request: SampleRequest) -> tuple[float, ...]:
+        """μ of each sample, checked."""
+        shares = request.reference_shares or (0.0,) * request.samples
+        if len(shares) != request.samples:
+            raise ValueError(
+                f"reference_shares={shares}: {len(shares)} for samples={request.samples}; "
+                "give one for each sample, or none to draw all from the policy"
+            )
+        for sample, share in enumerate(shares):
+            if not 0.0 <= share <= 1.0:
+                raise ValueError(
+                    f"reference_shares[{sample}]={share}: must be from 0 (policy) to 1 (reference)"
+                )
+            if share > 0.0 and self._reference is None:
+                raise ValueError(
+                    f"reference_shares[{sample}]={share}: this generator holds no reference; "
+                    "build it with reference=True, or draw with share 0"
+                )
+        return shares
+
+    def _decode(self, prompts: Sequence[Prompt], rows: list[_Row], share: float) -> None:
+        """Grow the completions of one share: each prompt's in turn, as many for every prompt."""
         limit = self._sampling.max_new_tokens
         options = self._sampling
         uniforms = torch.from_numpy(
             np.stack([request_uniforms(row.seed, limit) for row in rows], axis=1)
         )
-        forward = _CachedForward(self._model, [p.ids for p in request.prompts], limit)
-        logits = forward.prefill().repeat_interleave(request.samples, dim=0)
-        forward.repeat(request.samples)
+        models = [self._model, self._reference] if share > 0.0 else [self._model]
+        forward = _MixedForward(models, share, [p.ids for p in prompts], limit)
+        logits, mixed = forward.prefill(len(rows) // len(prompts))
         alive = torch.arange(len(rows))
         for step in range(limit):
             drawn = draw(
@@ -144,6 +130,7 @@ class TransformersGenerator:
                 options.temperature,
                 options.top_k,
                 options.top_p,
+                mixed,
             )
             ended = torch.isin(drawn.ids_B, self._eos)
             columns = zip(
@@ -162,7 +149,7 @@ class TransformersGenerator:
             if len(keep) < len(alive):
                 alive, next_ids = alive[keep], next_ids[keep]
                 forward.keep(keep)
-            logits = forward.step(next_ids)
+            logits, mixed = forward.step(next_ids)
 
     def _completion(self, row: _Row) -> Completion:
         logprobs = np.array(row.logprobs, np.float32)
@@ -174,9 +161,10 @@ class TransformersGenerator:
             version=self.version,
             ids=np.array(row.ids, np.int64),
             logprobs=logprobs,
-            sampling_logprobs=sampling if self._reshapes() else None,
+            sampling_logprobs=sampling if self._reshapes() or row.share > 0.0 else None,
             finished=row.finished,
             text=self._text(row.prompt.ids, row.ids),
+            reference_share=row.share,
         )
 
     def _text(self, prompt_ids: IntArray, ids: list[int]) -> str:
@@ -255,6 +243,42 @@ class _CachedForward:
         """Go on with these rows only."""
         self._mask, self._positions = self._mask[rows], self._positions[rows]
         self._cache.batch_select_indices(rows)
+
+
+class _MixedForward:
+    """The policy and, for a share μ > 0, the reference beside it, reading the same tokens.
+
+    Logits [B, V] come as the policy's and the mixture's; None for the latter is the policy alone.
+    """
+
+    def __init__(
+        self, models: Sequence[Any], share: float, prompts: list[IntArray], new_tokens: int
+    ) -> None:
+        self._forwards = [_CachedForward(model, prompts, new_tokens) for model in models]
+        self._share = share
+
+    def prefill(self, samples: int) -> tuple[Tensor, Tensor | None]:
+        """Logits after the prompts, each turned into ``samples`` equal rows."""
+        logits = [f.prefill().repeat_interleave(samples, dim=0) for f in self._forwards]
+        for forward in self._forwards:
+            forward.repeat(samples)
+        return self._mix(*logits)
+
+    def step(self, ids_B: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits after one more token a row."""
+        return self._mix(*(forward.step(ids_B) for forward in self._forwards))
+
+    def _mix(
+        self, policy_BV: Tensor, reference_BV: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        if reference_BV is None:
+            return policy_BV, None
+        return policy_BV, geometric_mixture(policy_BV, reference_BV, self._share)
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows only."""
+        for forward in self._forwards:
+            forward.keep(rows)
 
 
 def eos_ids(model: Any, tokenizer: Any) -> list[int]:

@@ -53,12 +53,20 @@ def plan_crew(cfg: Config, generator_threads: int, learner_threads: int) -> Crew
     def generator() -> Any:
         from workers.transformers_generator import TransformersGenerator
 
-        return TransformersGenerator(cfg.policy, cfg.sampling)
+        opponent = cfg.objective.needs.opponent > 0.0
+        return TransformersGenerator(cfg.policy, cfg.sampling, reference=opponent)
 
     def learner() -> Any:
         from workers.learner.learner import Learner
 
-        return Learner(cfg.policy, cfg.learner, cfg.objective, cfg.run.updates)
+        return Learner(
+            cfg.policy,
+            cfg.learner,
+            cfg.objective,
+            cfg.run.updates,
+            cfg.reference,
+            keep_reference=cfg.drift.reference,
+        )
 
     def judge() -> Any:
         from workers.judge_worker import JudgePanel

@@ -1,4 +1,4 @@
-"""Micro-batches filled by tokens, sorted by length, that never part a pair."""
+"""Micro-batches filled by tokens, sorted by length, that never part an example."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from workers.messages import BatchCompletion, BatchPair
+from workers.messages import BatchCompletion, BatchExample
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,37 +34,37 @@ def pad_rows(completions: Sequence[BatchCompletion]) -> PaddedRows:
 
 def rows_by_tokens(
     completions: Sequence[BatchCompletion],
-    pairs: Sequence[BatchPair],
+    examples: Sequence[BatchExample],
     tokens_per_micro_batch: int,
 ) -> Iterator[tuple[list[int], list[int]]]:
-    """Split completions into micro-batches: (indices of completions, indices of pairs) of each.
+    """Split completions into micro-batches: (indices of completions, of examples) of each.
 
-    Completions that share a pair, directly or through other pairs, stay together; a micro-batch
+    Completions that share an example, directly or through others, stay together; a micro-batch
     holds at most ``tokens_per_micro_batch`` tokens, padding included, or one such group. Longest
     first. The split depends on nothing but the arguments, so reference and policy meet the same.
     """
-    groups = _connected(len(completions), pairs)
+    groups = _connected(len(completions), examples)
     width = [len(c.prompt_ids) + len(c.completion.ids) for c in completions]
     order = sorted(groups, key=lambda rows: (-max(width[r] for r in rows), rows[0]))
-    pairs_of: dict[int, list[int]] = {}
-    for index, pair in enumerate(pairs):
-        pairs_of.setdefault(pair.chosen, []).append(index)
+    examples_of: dict[int, list[int]] = {}
+    for index, example in enumerate(examples):
+        examples_of.setdefault(example.rows[0], []).append(index)
 
     batch: list[int] = []
     longest = 0
     for rows in order:
         candidate = max(longest, *(width[r] for r in rows))
         if batch and candidate * (len(batch) + len(rows)) > tokens_per_micro_batch:
-            yield batch, [p for r in batch for p in pairs_of.get(r, [])]
+            yield batch, [e for r in batch for e in examples_of.get(r, [])]
             batch, candidate = [], max(width[r] for r in rows)
         batch = batch + rows
         longest = candidate
     if batch:
-        yield batch, [p for r in batch for p in pairs_of.get(r, [])]
+        yield batch, [e for r in batch for e in examples_of.get(r, [])]
 
 
-def _connected(count: int, pairs: Sequence[BatchPair]) -> list[list[int]]:
-    """Groups of completion indices connected through pairs, each in ascending order."""
+def _connected(count: int, examples: Sequence[BatchExample]) -> list[list[int]]:
+    """Groups of completion indices connected through examples, each in ascending order."""
     root = list(range(count))
 
     def find(i: int) -> int:
@@ -73,9 +73,11 @@ def _connected(count: int, pairs: Sequence[BatchPair]) -> list[list[int]]:
             i = root[i]
         return i
 
-    for pair in pairs:
-        a, b = find(pair.chosen), find(pair.rejected)
-        root[max(a, b)] = min(a, b)
+    for example in examples:
+        first, *others = example.rows
+        for other in others:
+            a, b = find(first), find(other)
+            root[max(a, b)] = min(a, b)
     groups: dict[int, list[int]] = {}
     for i in range(count):
         groups.setdefault(find(i), []).append(i)

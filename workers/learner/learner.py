@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +11,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from workers.learner.assembly import Assembly, ScoredRows, behaviour_logps, reference_logprobs
 from workers.learner.batching import pad_rows, rows_by_tokens
+from workers.learner.density_ratio import DensityRatio
 from workers.learner.logprobs import CompletionScorer
-from workers.learner.objectives import PairLogps, build_objective
-from workers.learner.options import LearnerOptions, ObjectiveOptions, learning_rate
+from workers.learner.objective_options import BcoOptions, Options
+from workers.learner.objectives import ObjectiveOutput, build_objective
+from workers.learner.options import LearnerOptions, ReferenceOptions, learning_rate
+from workers.learner.reference import Reference
+from workers.learner.statistics import Scored, update_measures
 from workers.messages import (
     BatchCompletion,
-    BatchPair,
+    BatchExample,
     Completion,
+    DoubleArray,
     FloatArray,
     IntArray,
     UpdateBatch,
@@ -32,42 +36,36 @@ from workers.sampler import logprobs_of
 from workers.weight_sync.buckets import Receipt, WeightPush, pack
 
 
-@dataclass(slots=True)
-class _PairStatistics:
-    """Columns of what an update logs, one entry a pair."""
-
-    loss: list[float]
-    chosen_logps: list[float]
-    rejected_logps: list[float]
-    chosen_logratio: list[float]
-    rejected_logratio: list[float]
-    log_weight: list[float]
-    tokens: list[int]
-
-
 class Learner:
-    """Policy, frozen reference and optimizer of one process.
+    """Policy, reference and optimizer of one process.
 
-    ``version`` counts updates applied. Dropout is off: a completion has one log-probability.
+    ``version`` counts updates applied. Dropout is off: a completion has one log-probability. A
+    reference is kept where the objective needs one or ``keep_reference`` asks for it.
     """
 
     def __init__(
         self,
         policy: PolicyOptions,
         options: LearnerOptions,
-        objective: ObjectiveOptions,
+        objective: Options,
         updates: int,
+        reference: ReferenceOptions | None = None,
+        keep_reference: bool = False,
     ) -> None:
         self.version = 0
         self._sent = Receipt(-1, "")
         self._options = options
-        self._beta = objective.beta
+        self._objective_options = objective
         self._updates = updates
         self._objective = build_objective(objective)
+        self._density_ratio: DensityRatio | None = None
+        if isinstance(objective, BcoOptions) and objective.embedding_model is not None:
+            self._density_ratio = DensityRatio(objective.embedding_model)
         self._policy = load_policy(policy)
-        self._reference = copy.deepcopy(self._policy).requires_grad_(False)
+        self._reference: Reference | None = None
+        if self._objective.needs.reference or keep_reference:
+            self._reference = Reference(self._policy, reference or ReferenceOptions())
         self._score_policy = CompletionScorer(self._policy)
-        self._score_reference = CompletionScorer(self._reference)
         self._optimizer = torch.optim.AdamW(
             self._policy.parameters(),
             lr=options.learning_rate,
@@ -84,14 +82,26 @@ class Learner:
             "holds full logits (more memory, slower)"
         ]
 
+    def begin_round(self, index: int) -> int | None:
+        """Let the reference move before round ``index`` is learned from; its version then.
+
+        None where there is no reference.
+        """
+        if self._reference is None:
+            return None
+        self._reference.begin_round(index, self._policy, self.version)
+        return self._reference.version
+
     @torch.no_grad()
-    def score_reference(self, batches: Sequence[UpdateBatch]) -> list[list[FloatArray]]:
+    def score_reference(self, batches: Sequence[UpdateBatch]) -> list[list[FloatArray | None]]:
         """Reference log-probabilities of every completion, [tokens] each, batch by batch.
 
         Scored in the micro-batches in which ``update`` will score the policy, so that policy =
-        reference gives a log-ratio of exactly 0.
+        reference gives a log-ratio of exactly 0. None each where there is no reference.
         """
-        return [self._scores(self._score_reference, batch) for batch in batches]
+        if self._reference is None:
+            return [[None] * len(batch.completions) for batch in batches]
+        return [list(self._scores(self._reference.score, batch)) for batch in batches]
 
     @torch.no_grad()
     def probe(self, prompt_ids: IntArray, new_tokens: int) -> Completion:
@@ -112,84 +122,154 @@ class Learner:
 
     def _scores(self, scorer: CompletionScorer, batch: UpdateBatch) -> list[FloatArray]:
         scores: list[FloatArray] = [np.empty(0, np.float32)] * len(batch.completions)
-        budget = self._options.tokens_per_micro_batch
-        for rows, _ in rows_by_tokens(batch.completions, batch.pairs, budget):
+        for rows, _ in self._micro_batches(batch):
             padded = pad_rows([batch.completions[row] for row in rows])
             found = scorer(padded.ids_BT, padded.starts_B, padded.lengths_B)
             for row, logprobs in zip(rows, found, strict=True):
                 scores[row] = logprobs.numpy()
         return scores
 
-    def update(self, batch: UpdateBatch) -> dict[str, float | int | None]:
-        """One optimizer step on the mean loss of the batch's pairs; version += 1.
+    def _micro_batches(self, batch: UpdateBatch) -> list[tuple[list[int], list[BatchExample]]]:
+        """Completions by index and the examples over them."""
+        split = rows_by_tokens(
+            batch.completions, batch.examples, self._options.tokens_per_micro_batch
+        )
+        return [(rows, [batch.examples[e] for e in examples]) for rows, examples in split]
 
-        Also when no pair was left to learn from: then no step is taken and the measures are None.
-        Every completion must carry ``reference_logprobs``. Returns the update record.
+    def update(self, batch: UpdateBatch) -> dict[str, Any]:
+        """One optimizer step on the mean loss of the batch's examples; version += 1.
+
+        Also when nothing was left to learn from: then no step is taken and the measures are None.
+        Every completion must carry ``reference_logprobs`` if the objective needs a reference.
+        Returns the update record.
         """
         began = time.perf_counter()
         rate = learning_rate(self._options, self.version, self._updates)
-        statistics = _PairStatistics([], [], [], [], [], [], [])
-        for rows, pairs in rows_by_tokens(
-            batch.completions, batch.pairs, self._options.tokens_per_micro_batch
-        ):
-            if pairs:
-                self._accumulate(batch, rows, [batch.pairs[p] for p in pairs], statistics)
-        gradient_norm = None
-        if batch.pairs:
+        scored, gradient_norm = None, None
+        if batch.examples:
+            try:
+                scored = self._backward(batch)
+            except FloatingPointError:
+                self._optimizer.zero_grad(set_to_none=True)
+                raise
             gradient_norm = self._step(rate)
-        lags = [self.version - batch.completions[p.chosen].completion.version for p in batch.pairs]
+        measures = update_measures(batch, scored, self._objective_options, self.version)
         self.version += 1
-        return _record(statistics, self._beta, lags) | {
+        return measures | {
+            "reference_version": None if self._reference is None else self._reference.version,
             "grad_norm": gradient_norm,
             "learning_rate": rate,
             "seconds": time.perf_counter() - began,
         }
 
-    def _accumulate(
-        self,
-        batch: UpdateBatch,
-        rows: Sequence[int],
-        pairs: Sequence[BatchPair],
-        statistics: _PairStatistics,
-    ) -> None:
+    def _backward(self, batch: UpdateBatch) -> Scored:
+        """Accumulate the gradient of the mean loss over the batch's examples."""
+        micro_batches = [part for part in self._micro_batches(batch) if part[1]]
+        if self._objective.needs.whole_update and len(micro_batches) > 1:
+            parts = [self._in_two_passes(batch, [rows for rows, _ in micro_batches])]
+        else:
+            parts = [self._in_one_pass(batch, *part) for part in micro_batches]
+        return self._scored(batch, parts)
+
+    def _in_one_pass(
+        self, batch: UpdateBatch, rows: Sequence[int], examples: Sequence[BatchExample]
+    ) -> tuple[ScoredRows, ObjectiveOutput]:
+        """Score a micro-batch and add its share of the gradient."""
+        scored = self._score(batch, rows)
+        output = self._loss(batch, scored, examples)
+        if output.loss.requires_grad:  # not where every completion is only contrasted with
+            mean = output.loss.sum() / len(batch.examples)
+            mean.backward()  # type: ignore[no-untyped-call]
+        return scored, output
+
+    def _in_two_passes(
+        self, batch: UpdateBatch, micro_batches: Sequence[Sequence[int]]
+    ) -> tuple[ScoredRows, ObjectiveOutput]:
+        """Score everything, differentiate the loss with respect to the log-probabilities, and
+        carry that gradient through the policy, a micro-batch at a time."""
+        with torch.no_grad():
+            found = [self._score(batch, rows) for rows in micro_batches]
+        scored = ScoredRows(
+            {row: logprobs for part in found for row, logprobs in part.logprobs.items()},
+            {row: values for part in found for row, values in part.log_collisions.items()},
+        )
+        learned = [row for row in scored.logprobs if batch.completions[row].learn]
+        leaves = [scored.logprobs[row].requires_grad_() for row in learned]
+        output = self._loss(batch, scored, batch.examples)
+        if leaves:
+            mean = output.loss.sum() / len(batch.examples)
+            gradients = torch.autograd.grad(mean, leaves, materialize_grads=True)
+            gradient_of = dict(zip(learned, gradients, strict=True))
+            for rows in micro_batches:
+                own = [row for row in rows if row in gradient_of]
+                if own:
+                    logprobs = self._score(batch, rows).logprobs
+                    torch.autograd.backward(
+                        [logprobs[row] for row in own], [gradient_of[row] for row in own]
+                    )
+        return scored, output
+
+    def _score(self, batch: UpdateBatch, rows: Sequence[int]) -> ScoredRows:
+        """The policy's log-probabilities of these completions, differentiable where learned."""
         items = [batch.completions[row] for row in rows]
         padded = pad_rows(items)
-        logprobs = self._score_policy(padded.ids_BT, padded.starts_B, padded.lengths_B)
-        logps_B = torch.stack(
-            [
-                row.sum() if item.learn else row.sum().detach()
-                for row, item in zip(logprobs, items, strict=True)
-            ]
+        arguments = (padded.ids_BT, padded.starts_B, padded.lengths_B)
+        collisions: list[Tensor] = []
+        if self._objective.needs.collisions:
+            logprobs, collisions = self._score_policy.with_collisions(*arguments)
+        else:
+            logprobs = self._score_policy(*arguments)
+        learned = [
+            row if item.learn else row.detach() for row, item in zip(logprobs, items, strict=True)
+        ]
+        return ScoredRows(
+            dict(zip(rows, learned, strict=True)), dict(zip(rows, collisions, strict=False))
         )
-        place = {row: index for index, row in enumerate(rows)}
-        chosen = torch.tensor([place[pair.chosen] for pair in pairs])
-        rejected = torch.tensor([place[pair.rejected] for pair in pairs])
-        reference_B = torch.stack([_reference_logprobs(item).sum() for item in items])
-        lags_B = torch.tensor([self.version - item.completion.version for item in items])
-        logps = PairLogps(
-            policy_chosen=logps_B[chosen],
-            policy_rejected=logps_B[rejected],
-            ref_chosen=reference_B[chosen],
-            ref_rejected=reference_B[rejected],
-            chosen_tokens=padded.lengths_B[chosen],
-            rejected_tokens=padded.lengths_B[rejected],
-            label_prob=torch.tensor([pair.label_prob for pair in pairs]),
-            lag=lags_B[chosen],
-        )
-        loss = self._objective(logps).loss
-        if loss.requires_grad:  # not where every completion is only contrasted with
-            (loss.sum() / len(batch.pairs)).backward()  # type: ignore[no-untyped-call]
 
-        behaviour_B = torch.stack([_behaviour_logprobs(item).sum() for item in items])
-        # A lag of 0 means weight 1 by definition: the policy that sampled is the policy.
-        log_weight_B = torch.where(lags_B == 0, 0.0, logps_B.detach() - behaviour_B)
-        statistics.loss += loss.tolist()
-        statistics.chosen_logps += logps.policy_chosen.tolist()
-        statistics.rejected_logps += logps.policy_rejected.tolist()
-        statistics.chosen_logratio += logps.chosen_logratio.tolist()
-        statistics.rejected_logratio += logps.rejected_logratio.tolist()
-        statistics.log_weight += (log_weight_B[chosen] + log_weight_B[rejected]).tolist()
-        statistics.tokens += (logps.chosen_tokens + logps.rejected_tokens).tolist()
+    def _loss(
+        self, batch: UpdateBatch, scored: ScoredRows, examples: Sequence[BatchExample]
+    ) -> ObjectiveOutput:
+        needs = self._objective.needs
+        mismatched = self._mismatched(batch.mismatched) if needs.mismatched else None
+        density_ratio = self._density_ratio(examples) if self._density_ratio else None
+        assembly = Assembly(batch, scored, needs, self.version)
+        return self._objective(assembly.record(examples, mismatched, density_ratio))
+
+    @torch.no_grad()
+    def _mismatched(self, items: tuple[BatchCompletion, ...]) -> tuple[Tensor, Tensor]:
+        """Policy and reference log-probabilities [M] of completions under others' prompts."""
+        assert self._reference is not None
+        batch = UpdateBatch(items, ())
+        policy, reference = (
+            [float(logprobs.sum(dtype=np.float64)) for logprobs in self._scores(scorer, batch)]
+            for scorer in (self._score_policy, self._reference.score)
+        )
+        return torch.tensor(policy), torch.tensor(reference)
+
+    def _scored(
+        self, batch: UpdateBatch, parts: Sequence[tuple[ScoredRows, ObjectiveOutput]]
+    ) -> Scored:
+        """What was scored and lost, as columns over the batch."""
+        items = batch.completions
+        logps = torch.full((len(items),), torch.nan)
+        for scored, _ in parts:
+            for row, logprobs in scored.logprobs.items():
+                logps[row] = logprobs.detach().sum()
+        reference = None
+        if self._objective.needs.reference:
+            reference = torch.stack([reference_logprobs(item).sum() for item in items])
+        log_weight = logps - behaviour_logps(items, logps, self.version)
+        outputs = [output for _, output in parts]
+        return Scored(
+            logps=logps.double().numpy(),
+            ref=None if reference is None else reference.double().numpy(),
+            log_weight=log_weight.double().numpy(),
+            loss=_column([output.loss for output in outputs]),
+            measures={
+                name: _column([output.measures[name] for output in outputs])
+                for name in outputs[0].measures
+            },
+        )
 
     def _step(self, rate: float) -> float:
         norm = torch.nn.utils.clip_grad_norm_(
@@ -219,13 +299,16 @@ class Learner:
         return self._sent
 
     def save(self, directory: Path) -> None:
-        """Write policy, reference and optimizer so that ``load`` goes on bit for bit."""
+        """Write policy, reference, optimizer and the objective's memory: ``load`` goes on bit for
+        bit."""
         torch.save(
             {
                 "version": self.version,
                 "policy": self._policy.state_dict(),
-                "reference": self._reference.state_dict(),
+                "reference": self._reference and self._reference.state(),
                 "optimizer": self._optimizer.state_dict(),
+                "objective": self._objective.state(),
+                "density_ratio": self._density_ratio and self._density_ratio.state(),
             },
             directory / "learner.pt",
         )
@@ -234,8 +317,12 @@ class Learner:
         """Take up a checkpoint's state; returns its version."""
         state = torch.load(directory / "learner.pt", weights_only=True)
         self._policy.load_state_dict(state["policy"])
-        self._reference.load_state_dict(state["reference"])
+        if self._reference is not None:
+            self._reference.load(state["reference"])
         self._optimizer.load_state_dict(state["optimizer"])
+        self._objective.load(state["objective"])
+        if self._density_ratio is not None:
+            self._density_ratio.load(state["density_ratio"])
         self.version = int(state["version"])
         return self.version
 
@@ -249,50 +336,5 @@ class Learner:
         self._policy.save_pretrained(directory)
 
 
-def _reference_logprobs(item: BatchCompletion) -> Tensor:
-    logprobs = item.completion.reference_logprobs
-    if logprobs is None:
-        raise ValueError(
-            f"completion {item.completion.sample} of prompt {item.completion.position} "
-            "was never scored by the reference"
-        )
-    return torch.from_numpy(logprobs)
-
-
-def _behaviour_logprobs(item: BatchCompletion) -> Tensor:
-    return torch.from_numpy(item.completion.behaviour_logprobs)
-
-
-def _record(
-    statistics: _PairStatistics, beta: float, lags: Sequence[int]
-) -> dict[str, float | int | None]:
-    """The update record's measures, means over pairs; None where no pair was left."""
-    if not lags:
-        names = ["loss", "margin", "accuracy", "rewards_chosen", "rewards_rejected"]
-        names += ["chosen_logps", "rejected_logps", "lag_mean", "lag_max", "ess", "ess_per_token"]
-        return dict.fromkeys(names) | {"pairs": 0, "tokens": 0}
-    chosen = np.array(statistics.chosen_logratio)
-    rejected = np.array(statistics.rejected_logratio)
-    log_weight = np.array(statistics.log_weight)
-    tokens = np.array(statistics.tokens)
-    return {
-        "loss": float(np.mean(statistics.loss)),
-        "margin": float(np.mean(beta * (chosen - rejected))),
-        "accuracy": float(np.mean(chosen > rejected)),
-        "rewards_chosen": float(np.mean(beta * chosen)),
-        "rewards_rejected": float(np.mean(beta * rejected)),
-        "chosen_logps": float(np.mean(statistics.chosen_logps)),
-        "rejected_logps": float(np.mean(statistics.rejected_logps)),
-        "lag_mean": float(np.mean(lags)),
-        "lag_max": max(lags),
-        "ess": effective_sample_share(log_weight),
-        "ess_per_token": effective_sample_share(log_weight / tokens),
-        "pairs": len(lags),
-        "tokens": int(tokens.sum()),
-    }
-
-
-def effective_sample_share(log_weight: np.ndarray[Any, np.dtype[np.float64]]) -> float:
-    """ESS/n = (Σw)² / (n Σw²) of weights given by their logarithms, [n]; 1 when all are equal."""
-    weight = np.exp(log_weight - log_weight.max())
-    return float(weight.sum() ** 2 / (len(weight) * (weight**2).sum()))
+def _column(values: Sequence[Tensor]) -> DoubleArray:
+    return torch.cat([value.detach() for value in values]).double().numpy()

@@ -84,6 +84,16 @@ def chunked_logprobs(
     return result
 
 
+@torch.no_grad()
+def chunked_log_collisions(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Tensor:
+    """log Σ_v p_v² [N] of ``softmax(hidden Wᵀ + b)``: the chance that two draws are the same."""
+    found = []
+    for tokens in _tiles(len(hidden_NH), TOKENS // 16):
+        logits = _logits(hidden_NH[tokens], weight_VH, bias_V, slice(None))
+        found.append(torch.logsumexp(2.0 * logits, -1) - 2.0 * torch.logsumexp(logits, -1))
+    return torch.cat(found)
+
+
 class CompletionScorer:
     """Scores completion tokens under a causal language model.
 
@@ -121,15 +131,37 @@ class CompletionScorer:
         causal, so no real position ever sees a pad. Row b's completion is
         ``ids[b, starts[b] : starts[b] + lengths[b]]``. Returns B tensors [lengths[b]].
         """
-        rows, columns = _completion_positions(starts_B, lengths_B)
-        targets_N = ids_BT[rows, columns]
+        states_N, targets_N = self._states(ids_BT, starts_B, lengths_B)
+        return list(torch.split(self._logprobs(states_N, targets_N), lengths_B.tolist()))
+
+    def with_collisions(
+        self, ids_BT: Tensor, starts_B: Tensor, lengths_B: Tensor
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The same, and log Σ_v p_v² of the distribution at each token, without a gradient."""
+        states_N, targets_N = self._states(ids_BT, starts_B, lengths_B)
         if self.plain:
-            logits = self._model(ids_BT, use_cache=False).logits[rows, columns - 1].float()
-            logprobs_N = torch.log_softmax(logits, -1).gather(-1, targets_N[:, None]).squeeze(-1)
+            logits = states_N.detach()
+            collisions_N = torch.logsumexp(2.0 * logits, -1) - 2.0 * torch.logsumexp(logits, -1)
         else:
-            hidden_NH = self._hidden(ids_BT)[rows, columns - 1]
-            logprobs_N = chunked_logprobs(hidden_NH, self._head.weight, self._head.bias, targets_N)
-        return list(torch.split(logprobs_N, lengths_B.tolist()))
+            collisions_N = chunked_log_collisions(states_N, self._head.weight, self._head.bias)
+        lengths = lengths_B.tolist()
+        logprobs = torch.split(self._logprobs(states_N, targets_N), lengths)
+        return list(logprobs), list(torch.split(collisions_N, lengths))
+
+    def _states(self, ids_BT: Tensor, starts_B: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
+        """What predicts each completion token (logits [N, V] if plain, else hidden states [N, H]),
+        and the tokens [N]."""
+        rows, columns = _completion_positions(starts_B, lengths_B)
+        if self.plain:
+            states_N = self._model(ids_BT, use_cache=False).logits[rows, columns - 1].float()
+        else:
+            states_N = self._hidden(ids_BT)[rows, columns - 1]
+        return states_N, ids_BT[rows, columns]
+
+    def _logprobs(self, states_N: Tensor, targets_N: Tensor) -> Tensor:
+        if self.plain:
+            return torch.log_softmax(states_N, -1).gather(-1, targets_N[:, None]).squeeze(-1)
+        return chunked_logprobs(states_N, self._head.weight, self._head.bias, targets_N)
 
 
 def _completion_positions(starts_B: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:

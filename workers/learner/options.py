@@ -1,60 +1,59 @@
-"""What the learner optimises and how: torch-free."""
+"""How the learner optimises, and against which reference: torch-free."""
 
 from __future__ import annotations
 
-import difflib
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from judges.plugins import is_plugin
+from workers.learner.objective_options import Interval
+from workers.tagged_union import TaggedUnion
 
-BUILT_IN = ("dpo",)
 
-
-class ObjectiveOptions(BaseModel):
-    """The loss of a pair. ``beta`` also scales the implicit rewards that are logged."""
+class ReferenceSchedule(BaseModel):
+    """A reference that follows the policy: one of the two."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str = Field(
-        default="dpo", description="dpo, path/to/file.py:function or installed.module:function"
+    every_rounds: int | None = Field(
+        default=None, ge=1, description="Becomes the policy when every N-th round begins"
     )
-    beta: float = Field(
-        default=0.1,
-        gt=0.0,
-        description="Strength of the pull towards the reference: larger keeps the policy nearer",
-    )
-    label_smoothing: float = Field(
-        default=0.0,
-        ge=0.0,
-        lt=0.5,
-        description="Probability that a label is wrong (cDPO); only for dpo",
-    )
-    args: dict[str, Any] = Field(
-        default_factory=dict, description="Keyword arguments of an objective of your own"
+    ema: Annotated[float, Interval("(0, 1)")] | None = Field(
+        default=None, description="Moves towards the policy when a round begins, by this decay"
     )
 
-    @field_validator("name")
-    @classmethod
-    def _known(cls, name: str) -> str:
-        if is_plugin(name) or name in BUILT_IN:
-            return name
-        near = difflib.get_close_matches(name, BUILT_IN, n=1, cutoff=0.0)[0]
-        raise ValueError(
-            f"no such objective; did you mean {near!r}? "
-            "(your own: path/to/file.py:function or installed.module:function)"
-        )
+    @model_validator(mode="after")
+    def _one_of_them(self) -> ReferenceSchedule:
+        if (self.every_rounds is None) == (self.ema is None):
+            raise ValueError("give either every_rounds or ema, e.g. {every_rounds: 1}, {ema: 0.99}")
+        return self
+
+
+def _tag(value: Any) -> str:
+    if isinstance(value, dict | ReferenceSchedule):
+        return "schedule"
+    if value == "frozen":
+        return "frozen"
+    raise ValueError("must be frozen, {every_rounds: N} or {ema: a}")
+
+
+Update: TypeAlias = Annotated[
+    Literal["frozen"] | ReferenceSchedule,
+    TaggedUnion(_tag, {"frozen": Literal["frozen"], "schedule": ReferenceSchedule}),
+]
 
 
 class ReferenceOptions(BaseModel):
-    """The policy that log-ratios are taken against."""
+    """The policy that log-ratios are taken against. It changes only when a round begins."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    update: Literal["frozen"] = Field(
-        default="frozen", description="frozen: the starting model, for the whole run"
+    update: Update = Field(
+        default="frozen",
+        description="frozen: the starting model; {every_rounds: N}: the policy, copied when every "
+        "N-th round begins; {ema: a}: a^u·reference + (1 − a^u)·policy when a round begins, u "
+        "updates after the one before",
     )
 
 

@@ -1,6 +1,25 @@
 """Preference objectives: pure functions of per-sequence log-probabilities."""
 
-from workers.learner.objectives.build import Objective, build_objective
-from workers.learner.objectives.records import ObjectiveOutput, PairLogps
+from workers.learner.objective_options import needs
+from workers.learner.objectives.build import NonFiniteLossError, Objective, build_objective
+from workers.learner.objectives.records import (
+    ObjectiveOutput,
+    PairLogps,
+    RankedLogps,
+    SampledLogps,
+    TokenLogprobs,
+    UnpairedLogps,
+)
 
-__all__ = ["Objective", "ObjectiveOutput", "PairLogps", "build_objective"]
+__all__ = [
+    "NonFiniteLossError",
+    "Objective",
+    "ObjectiveOutput",
+    "PairLogps",
+    "RankedLogps",
+    "SampledLogps",
+    "TokenLogprobs",
+    "UnpairedLogps",
+    "build_objective",
+    "needs",
+]

@@ -1,49 +1,307 @@
-"""From a name in a config to the function that computes it."""
+"""From the options of an objective to the function that computes it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
+import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from judges.errors import UserError
-from judges.plugins import is_plugin, load_plugin
-from workers.learner.objectives.pairwise import dpo_loss
-from workers.learner.objectives.records import ObjectiveOutput, PairLogps
-from workers.learner.options import ObjectiveOptions
+from judges.plugins import args_key, load_plugin, open_parameters
+from judges.plugins import required as parameters_required
+from workers.learner import objective_options as options_of
+from workers.learner.objective_options import Needs, ObjectiveOptions, Options, needs_of
+from workers.learner.objectives import pairwise
+from workers.learner.objectives.pdpo import importance_weight, pdpo_surrogate, score_baseline
+from workers.learner.objectives.ranked import plackett_luce_loss
+from workers.learner.objectives.records import (
+    Logps,
+    ObjectiveOutput,
+    PairLogps,
+    RankedLogps,
+    SampledLogps,
+    UnpairedLogps,
+    required,
+)
+from workers.learner.objectives.running import RunningMean
+from workers.learner.objectives.sampled import nash_md_loss
+from workers.learner.objectives.unpaired import bco_loss, kto_kl, kto_loss
 
-Objective: TypeAlias = Callable[[PairLogps], ObjectiveOutput]
+
+class NonFiniteLossError(FloatingPointError):
+    """A loss overflowed; the message names the example and its log-probabilities."""
 
 
-def build_objective(options: ObjectiveOptions | Mapping[str, Any]) -> Objective:
+class Objective(Protocol):
+    """Computes one loss an example of the records it needs."""
+
+    @property
+    def needs(self) -> Needs:
+        """What its records must hold."""
+        ...
+
+    def __call__(self, logps: Any) -> ObjectiveOutput:
+        """The losses [B]. Raises NonFiniteLossError, ValueError for a record that lacks a field."""
+        ...
+
+    def state(self) -> dict[str, float]:
+        """What a checkpoint must hold."""
+        ...
+
+    def load(self, state: Mapping[str, float]) -> None:
+        """Take up what ``state`` gave."""
+        ...
+
+
+def build_objective(options: Options | Mapping[str, Any]) -> Objective:
     """The objective a config names; mappings are validated first.
 
-    An objective of the user's own is called as ``fn(logps: PairLogps, **args)`` and returns the
-    loss of each pair, a differentiable tensor [B]. Raises pydantic's ValidationError for options
-    out of range and UserError for a plug-in that cannot be loaded or returns another shape.
+    An objective of the user's own is called as ``fn(logps, **args)`` with the record it asked for
+    and returns the loss of each example, a differentiable tensor [B]. Raises pydantic's
+    ValidationError (a ValueError) for options out of range and UserError for a plug-in that cannot
+    be loaded, does not take its args, or returns another shape.
     """
-    if not isinstance(options, ObjectiveOptions):
-        options = ObjectiveOptions(**options)
-    if is_plugin(options.name):
-        return partial(_own_objective, load_plugin(options.name, key="objective.name"), options)
-    return partial(_dpo, options)
+    if not isinstance(options, Options):
+        adapter: TypeAdapter[Options] = TypeAdapter(ObjectiveOptions)
+        options = adapter.validate_python(dict(options))
+    match options:
+        case options_of.OwnOptions():
+            function = load_plugin(options.name, key="objective.name")
+            _require_args(function, options)
+            return _Pure(options.name, needs_of(function), partial(_own, function, options))
+        case options_of.BcoOptions():
+            return _Bco(options)
+        case options_of.PdpoOptions():
+            return _Pure(options.name, options.needs, partial(_pdpo, options))
+        case options_of.KtoOptions():
+            return _Pure(options.name, options.needs, partial(_kto, options))
+        case options_of.PlackettLuceOptions():
+            return _Pure(options.name, options.needs, partial(_plackett_luce, options))
+        case options_of.NashMdOptions():
+            return _Pure(options.name, options.needs, partial(_nash_md, options))
+        case options_of.PairwiseOptions():
+            return _Pure(options.name, options.needs, partial(_pairwise, options))
+    raise TypeError(f"{type(options).__name__}: not the options of an objective")
 
 
-def _dpo(options: ObjectiveOptions, logps: PairLogps) -> ObjectiveOutput:
-    return ObjectiveOutput(dpo_loss(logps, options.beta, options.label_smoothing))
+@dataclass(frozen=True, slots=True)
+class _Pure:
+    """An objective without memory."""
+
+    name: str
+    needs: Needs
+    compute: Callable[[Any], ObjectiveOutput]
+
+    def __call__(self, logps: Logps) -> ObjectiveOutput:
+        output = self.compute(logps)
+        _require_finite(self.name, logps, output.loss)
+        return output
+
+    def state(self) -> dict[str, float]:
+        return {}
+
+    def load(self, state: Mapping[str, float]) -> None:
+        pass
 
 
-def _own_objective(
-    function: Callable[..., Tensor], options: ObjectiveOptions, logps: PairLogps
+class _Bco:
+    """BCO with δ, the running mean of every β-scaled log-ratio it was called with."""
+
+    def __init__(self, options: options_of.BcoOptions) -> None:
+        self.needs: Needs = options.needs
+        self._beta = options.beta
+        self._delta = RunningMean()
+
+    def __call__(self, logps: UnpairedLogps) -> ObjectiveOutput:
+        self._delta.add((self._beta * logps.logratio.detach()).tolist())
+        loss = bco_loss(logps, self._beta, self._delta.mean)
+        _require_finite("bco", logps, loss)
+        return ObjectiveOutput(loss, {"delta": torch.full_like(loss, self._delta.mean)})
+
+    def state(self) -> dict[str, float]:
+        return self._delta.state()
+
+    def load(self, state: Mapping[str, float]) -> None:
+        self._delta = RunningMean(**state)
+
+
+PairLoss: TypeAlias = Callable[[PairLogps], Tensor]
+
+
+def _certain(options: options_of.PairwiseOptions) -> PairLoss:
+    """The preference term of a pair whose label is certain."""
+    match options:
+        case options_of.RobustDpoOptions(beta=beta, flip_probability=flip):
+            return partial(pairwise.robust_dpo_loss, beta=beta, flip_probability=flip)
+        case options_of.IpoOptions(tau=tau, length_normalized=normalized):
+            return partial(pairwise.ipo_loss, tau=tau, length_normalized=normalized)
+        case options_of.SimpoOptions(beta=beta, gamma=gamma):
+            return partial(pairwise.simpo_loss, beta=beta, gamma=gamma)
+        case options_of.OrpoOptions(lam=lam):
+            return partial(pairwise.orpo_loss, lam=lam)
+        case options_of.LengthRegularizedDpoOptions(beta=beta, length_alpha=alpha):
+            return partial(pairwise.length_regularized_dpo_loss, beta=beta, length_alpha=alpha)
+        case options_of.DpopOptions(beta=beta, positive_lambda=weight):
+            return partial(pairwise.dpop_loss, beta=beta, positive_lambda=weight)
+        case options_of.DiscopopOptions(beta=beta, tau=tau):
+            return partial(pairwise.discopop_loss, beta=beta, tau=tau)
+        case options_of.FDpoOptions(beta=beta, divergence=divergence):
+            return partial(pairwise.f_dpo_loss, beta=beta, divergence=divergence)
+        case options_of.DpoOptions(beta=beta) | options_of.XpoOptions(beta=beta):
+            return partial(pairwise.dpo_loss, beta=beta)
+        case options_of.SlicOptions(beta=beta):
+            return partial(pairwise.slic_loss, beta=beta)
+        case options_of.CpoOptions(beta=beta):
+            return partial(pairwise.cpo_loss, beta=beta)
+        case options_of.LengthNormalizedDpoOptions(beta=beta):
+            return partial(pairwise.length_normalized_dpo_loss, beta=beta)
+        case options_of.NcaOptions(beta=beta):
+            return partial(pairwise.nca_loss, beta=beta)
+        case options_of.SppoOptions(beta=beta):
+            return partial(pairwise.sppo_loss, beta=beta)
+        case options_of.ApoZeroOptions(beta=beta):
+            return partial(pairwise.apo_zero_loss, beta=beta)
+        case options_of.ApoDownOptions(beta=beta):
+            return partial(pairwise.apo_down_loss, beta=beta)
+        case options_of.BcoPairOptions(beta=beta):
+            return partial(pairwise.bco_pair_loss, beta=beta)
+    raise TypeError(f"{options.name}: has no loss of a pair")
+
+
+def _pairwise(options: options_of.PairwiseOptions, logps: PairLogps) -> ObjectiveOutput:
+    """The preference term under the trust in each label, then likelihood, bonus and weight."""
+    trusted = _trusted(logps, options.label_smoothing)
+    if isinstance(options, options_of.ExoOptions):
+        loss = pairwise.exo_loss(logps, options.beta, trusted)
+    else:
+        loss = _soft_label(_certain(options), logps, trusted)
+    nll_weight = options.nll_weight + isinstance(options, options_of.OrpoOptions)
+    if nll_weight:
+        loss = loss + nll_weight * pairwise.nll_loss(logps)
+    if isinstance(options, options_of.XpoOptions):
+        origin = required(logps.chosen_from_reference, "chosen_from_reference")
+        loss = loss + pairwise.xpo_bonus(logps, options.alpha, origin)
+    if options.wpo:  # Eq. 2, arXiv:2406.11827
+        chosen = required(logps.wpo_chosen, "wpo_chosen")
+        loss = (chosen * required(logps.wpo_rejected, "wpo_rejected")).detach() * loss
+    return ObjectiveOutput(loss)
+
+
+def _trusted(logps: PairLogps, label_smoothing: float) -> Tensor:
+    """P(the label is right) [B]: the judge's probability, trusted only to 1 − ε.
+
+    Label smoothing is Mitchell's cDPO note.
+    """
+    label_prob = logps.label_prob
+    if label_prob is None:
+        label_prob = torch.ones_like(logps.policy_chosen)
+    return label_prob * (1.0 - label_smoothing) + (1.0 - label_prob) * label_smoothing
+
+
+def _soft_label(certain: PairLoss, logps: PairLogps, trusted: Tensor) -> Tensor:
+    """``p·loss(chosen, rejected) + (1−p)·loss(rejected, chosen)``, [B]."""
+    loss = certain(logps)
+    doubted = (trusted < 1.0).nonzero().squeeze(-1)
+    if not len(doubted):
+        return loss
+    other = certain(logps.take(doubted).swapped())
+    return (trusted * loss).index_add(0, doubted, (1.0 - trusted[doubted]) * other)
+
+
+def _pdpo(options: options_of.PdpoOptions, logps: PairLogps) -> ObjectiveOutput:
+    certain: PairLoss = partial(pairwise.dpo_loss, beta=options.beta)
+    loss = _soft_label(certain, logps, _trusted(logps, 0.0))
+    baseline = score_baseline(options.baseline, loss, logps.prompt_ids)
+    weight = importance_weight(options.weights, logps, options.clip)
+    surrogate = pdpo_surrogate(logps, loss, baseline, weight, options.score_weight)
+    return ObjectiveOutput(surrogate, {"preference_loss": loss.detach(), "weight": weight})
+
+
+def _kto(options: options_of.KtoOptions, logps: UnpairedLogps) -> ObjectiveOutput:
+    kl = kto_kl(logps)
+    weights = (options.desirable_weight, options.undesirable_weight)
+    loss = kto_loss(logps, options.beta, *weights, kl)
+    return ObjectiveOutput(loss, {"kl": kl.expand_as(loss)})
+
+
+def _plackett_luce(options: options_of.PlackettLuceOptions, logps: RankedLogps) -> ObjectiveOutput:
+    return ObjectiveOutput(plackett_luce_loss(logps, options.beta))
+
+
+def _nash_md(options: options_of.NashMdOptions, logps: SampledLogps) -> ObjectiveOutput:
+    return ObjectiveOutput(nash_md_loss(logps, options.beta))
+
+
+def _require_args(function: Callable[..., Tensor], options: options_of.OwnOptions) -> None:
+    """Raises UserError unless the function takes a record and these args."""
+    key = "objective.name"
+    open_, _ = open_parameters(function, options.args, key=key, spec=options.name)
+    if missing := parameters_required(open_)[1:]:
+        raise UserError(
+            f"{args_key(key)}: {options.name} needs {', '.join(missing)}: give it there"
+        )
+
+
+def _own(
+    function: Callable[..., Tensor], options: options_of.OwnOptions, logps: Logps
 ) -> ObjectiveOutput:
     loss = function(logps, **options.args)
-    pairs = logps.policy_chosen.shape
-    if not isinstance(loss, Tensor) or loss.shape != pairs:
+    examples = _examples(logps).shape[:1]
+    if not isinstance(loss, Tensor) or loss.shape != examples:
         got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        what = "a pair" if isinstance(logps, PairLogps) else "an example"
         raise UserError(
-            f"objective.name={options.name}: returned {got}; return one loss a pair, "
-            f"a tensor of shape {tuple(pairs)}"
+            f"objective.name={options.name}: returned {got}; return one loss {what}, "
+            f"a tensor of shape {tuple(examples)}"
         )
     return ObjectiveOutput(loss)
+
+
+def _examples(logps: Logps) -> Tensor:
+    match logps:
+        case PairLogps():
+            return logps.policy_chosen
+        case RankedLogps():
+            return logps.policy_GK
+        case _:
+            return logps.policy
+
+
+def _require_finite(name: str, logps: Logps, loss: Tensor) -> None:
+    """Raises NonFiniteLossError with the first example at fault: its prompt and its numbers."""
+    wrong = (~torch.isfinite(loss.detach())).nonzero().flatten().tolist()
+    if not wrong:
+        return
+    row = wrong[0]
+    what = "pair" if isinstance(logps, PairLogps) else "example"
+    prompt = "" if logps.prompt_ids is None else f" (prompt {int(logps.prompt_ids[row])})"
+    shown = ", ".join(
+        f"{name} {values[row].tolist()}" for name, values in _columns(logps) if values is not None
+    )
+    raise NonFiniteLossError(
+        f"objective {name}: the loss of {what} {row}{prompt} is {loss[row].item()} at {shown}: "
+        "these log-probabilities are out of its range; lower learner.learning_rate, raise "
+        "objective.beta, or use an objective that grows more slowly (e.g. dpo)"
+    )
+
+
+def _columns(logps: Logps) -> list[tuple[str, Tensor | None]]:
+    """The log-probabilities of a record, by name."""
+    match logps:
+        case PairLogps():
+            names: tuple[str, ...] = (
+                "policy_chosen",
+                "policy_rejected",
+                "ref_chosen",
+                "ref_rejected",
+            )
+        case RankedLogps():
+            names = ("policy_GK", "ref_GK")
+        case _:
+            names = ("policy", "ref")
+    return [(name, getattr(logps, name)) for name in names]

@@ -1,0 +1,130 @@
+"""The measures of one update, from what was scored and lost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from workers.learner.objective_options import Options
+from workers.messages import (
+    BatchExample,
+    BatchLabel,
+    BatchPair,
+    BatchRanking,
+    BatchSample,
+    DoubleArray,
+    UpdateBatch,
+)
+
+MEASURES = (
+    "loss",
+    "margin",
+    "accuracy",
+    "rewards_chosen",
+    "rewards_rejected",
+    "chosen_logps",
+    "rejected_logps",
+    "lag_mean",
+    "lag_max",
+    "ess",
+    "ess_per_token",
+)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scored:
+    """Columns [C] over a batch's completions and [E] over its examples.
+
+    ``ref`` is None without a reference; ``log_weight`` [C] is log π − log of the distribution
+    sampled from; ``measures`` are the objective's own, [E] each.
+    """
+
+    logps: DoubleArray
+    ref: DoubleArray | None
+    log_weight: DoubleArray
+    loss: DoubleArray
+    measures: Mapping[str, DoubleArray]
+
+
+def update_measures(
+    batch: UpdateBatch, scored: Scored | None, objective: Options, version: int
+) -> dict[str, Any]:
+    """Means over examples; None where a measure is undefined, all of them where nothing was left.
+
+    Chosen and rejected are the two sides of a pair, the desirable and the undesirable completions,
+    the first and the last of a ranking, the samples that beat and that lost to their opponent.
+    ``accuracy`` is the share of pairs (of neighbours in a ranking) that the implicit reward orders
+    as the label does.
+    """
+    if scored is None:
+        return dict.fromkeys(MEASURES) | {"pairs": 0, "tokens": 0, "objective": {}}
+    chosen, rejected = _sides(batch.examples)
+    lengths = np.array([len(item.completion.ids) for item in batch.completions], np.float64)
+    reward = np.asarray(objective.implicit_reward(scored.logps, scored.ref, lengths))
+    rows = [list(example.rows) for example in batch.examples]
+    log_weight = np.array([scored.log_weight[r].sum() for r in rows])
+    tokens = np.array([lengths[r].sum() for r in rows])
+    lags = [version - batch.completions[r[0]].completion.version for r in rows]
+    return {
+        "loss": float(np.mean(scored.loss)),
+        "margin": _margin(reward, chosen, rejected),
+        "accuracy": _accuracy(reward, batch.examples),
+        "rewards_chosen": _mean(reward[chosen]),
+        "rewards_rejected": _mean(reward[rejected]),
+        "chosen_logps": _mean(scored.logps[chosen]),
+        "rejected_logps": _mean(scored.logps[rejected]),
+        "lag_mean": float(np.mean(lags)),
+        "lag_max": max(lags),
+        "ess": effective_sample_share(log_weight),
+        "ess_per_token": effective_sample_share(log_weight / tokens),
+        "pairs": len(rows),
+        "tokens": int(tokens.sum()),
+        "objective": {name: _mean(values) for name, values in scored.measures.items()},
+    }
+
+
+def effective_sample_share(log_weight: DoubleArray) -> float:
+    """ESS/n = (Σw)² / (n Σw²) of weights given by their logarithms, [n]; 1 when all are equal."""
+    weight = np.exp(log_weight - log_weight.max())
+    return float(weight.sum() ** 2 / (len(weight) * (weight**2).sum()))
+
+
+def _sides(examples: Sequence[BatchExample]) -> tuple[list[int], list[int]]:
+    chosen: list[int] = []
+    rejected: list[int] = []
+    for example in examples:
+        match example:
+            case BatchPair() | BatchRanking():
+                chosen.append(example.rows[0])
+                rejected.append(example.rows[-1])
+            case BatchLabel(completion=row, desirable=desirable):
+                (chosen if desirable else rejected).append(row)
+            case BatchSample(completion=row, win_prob=win_prob) if win_prob != 0.5:
+                (chosen if win_prob > 0.5 else rejected).append(row)
+    return chosen, rejected
+
+
+def _margin(reward: DoubleArray, chosen: list[int], rejected: list[int]) -> float | None:
+    if not chosen or not rejected:
+        return None
+    if len(chosen) == len(rejected):  # exactly 0 where policy = reference
+        return float(np.mean(reward[chosen] - reward[rejected]))
+    return float(np.mean(reward[chosen]) - np.mean(reward[rejected]))
+
+
+def _accuracy(reward: DoubleArray, examples: Sequence[BatchExample]) -> float | None:
+    ordered = [
+        reward[better] > reward[worse]
+        for example in examples
+        if isinstance(example, BatchPair | BatchRanking)
+        for better, worse in pairwise(example.rows)
+    ]
+    return float(np.mean(ordered)) if ordered else None
+
+
+def _mean(values: DoubleArray) -> float | None:
+    return float(np.mean(values)) if len(values) else None
