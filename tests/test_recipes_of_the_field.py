@@ -1,0 +1,51 @@
+"""Every recipe on stories15M for two rounds, its losses computed again from what it wrote."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from pipeline import load_config, run
+from tests import recomputation, tiny
+
+RECIPES = sorted((Path(__file__).parents[1] / "configs/recipes").glob("*.yaml"))
+SMALL = [
+    "sampling.prompts_per_update=6",
+    "evaluation.prompts=null",
+    "tracking.tensorboard=false",
+    "cluster.address=inline",
+    "checkpoint={every: 1, keep: 99}",
+]
+
+
+def test_every_recipe_says_what_it_is() -> None:
+    assert len(RECIPES) >= 12
+    for path in RECIPES:
+        header = [line for line in path.read_text().splitlines() if line.startswith("#")]
+        text = " ".join(line.removeprefix("# ") for line in header)
+        assert "At full size:" in text, path.name
+        assert "Published:" in text, path.name
+        assert load_config(path).run.name == path.stem
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_runs_and_its_losses_are_those_of_other_code(
+    stories15m: Path, tmp_path: Path, path: Path
+) -> None:
+    full = load_config(path)
+    updates = 2 * int(full.resampling.updates_per_round)
+    tokens = min(24, full.sampling.max_new_tokens)
+    overrides = [*SMALL, f"run={{updates: {updates}, dir: '{tmp_path / 'run'}'}}"]
+    cfg = load_config(path, [*overrides, f"sampling.max_new_tokens={tokens}"])
+    run(cfg, quiet=True)
+    records = tiny.records(cfg.run_dir)
+    assert len([r for r in records if r["kind"] == "round"]) == 2
+    found = [r for r in records if r["kind"] == "update"]
+    assert all(record["pairs"] > 0 for record in found[:2])
+    for record, loss in zip(found, recomputation.losses(cfg, updates=2), strict=False):
+        assert loss is not None
+        assert math.isfinite(loss)
+        assert record["loss"] == pytest.approx(loss, rel=1e-4, abs=1e-4)
