@@ -96,13 +96,35 @@ def export(
 @app.command(epilog="Example: `freshpairs fetch stories15m`")
 def fetch(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="stories15m, smollm2-135m-instruct")
+        str, typer.Argument(metavar="MODEL", help="stories15m, smollm2-135m-instruct, minilm-l6-v2")
     ],
 ) -> None:
     """Download a small model, check it, and keep it in the cache in Hugging Face format."""
     from workers.models.fetch import fetch_model
 
     typer.echo(str(fetch_model(model, say=typer.echo)))
+
+
+@app.command(epilog="Example: `freshpairs explain dpo beta=0.5 --run runs/quickstart`")
+def explain(
+    objective: Annotated[
+        str, typer.Argument(metavar="OBJECTIVE", help="A built-in name, or path/to/file.py:name.")
+    ],
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="Its hyper-parameters.")
+    ] = None,
+    run: Annotated[
+        Path | None, typer.Option("--run", help="A run directory, to draw its policy's path.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="File to write: .png, .svg or .pdf.")
+    ] = None,
+) -> None:
+    """Draw an objective: its loss, where its gradient pulls, and the path that a run took."""
+    from pipeline import explain
+
+    for line in explain.explain(objective, settings or [], run, out):
+        typer.echo(line)
 
 
 @app.command(epilog="Example: `freshpairs doctor`")

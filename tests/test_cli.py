@@ -99,7 +99,7 @@ MISTAKES = [
     ("judge.name=absent.py:score", "absent.py"),
     ("judge.name={tmp}/broken.py:score", "ZeroDivisionError"),
     ("judge.name=sentimant", "sentiment"),
-    ("objective.name={tmp}/judge.py:loss", "loss"),
+    ('objective={"name":"{tmp}/judge.py:loss"}', "has no loss"),
     ("objective.name=dpoo", "did you mean 'dpo'?"),
     ("pairing.strategy=bestworst", "best_worst"),
     ("run.dir={tmp}", "already exists"),
@@ -144,7 +144,7 @@ def test_unknown_commands_and_options_are_mistakes(tmp_path: Path) -> None:
 
 def test_help_has_an_example_for_every_command() -> None:
     top = freshpairs("--help").stdout
-    for command in ("train", "resume", "evaluate", "export", "fetch", "doctor"):
+    for command in ("train", "resume", "evaluate", "export", "explain", "fetch", "doctor"):
         assert command in top
         assert f"freshpairs {command}" in freshpairs(command, "--help").stdout
 
