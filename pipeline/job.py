@@ -34,8 +34,9 @@ from pipeline.run_directory import create_run_directory, read_run_config, refuse
 from pipeline.stopping import Stop, Stopped
 from pipeline.sync import PROBE_PROMPT_TOKENS, WeightSync
 from pipeline.tracking import Tracker, metrics
+from workers.learner.objective_options import BcoOptions
 from workers.messages import IntArray, Prompt
-from workers.models.resolve import resolve_model
+from workers.models.resolve import resolve_encoder, resolve_model
 
 SAMPLES_SHOWN = 3
 
@@ -200,6 +201,7 @@ def _progress(cfg: Config, quiet: bool) -> Progress:
         name=cfg.run.name,
         model=cfg.policy.model,
         objective=cfg.objective.name,
+        settings=cfg.objective.settings,
         judge=cfg.judge.name,
         run_dir=cfg.run_dir,
         updates=cfg.run.updates,
@@ -277,6 +279,8 @@ def _check_inputs(cfg: Config) -> _Inputs:
     if cfg.tracking.wandb is not None:
         wandb_module()
     fit.check(cfg, cfg.objective.needs)
+    if isinstance(cfg.objective, BcoOptions) and cfg.objective.embedding_model is not None:
+        resolve_encoder(cfg.objective.embedding_model)
     _pairing(cfg)
     return _Inputs(tokenizer, prompts, held_out, context)
 

@@ -11,7 +11,6 @@ from typing import Any
 from pipeline.config import Config
 from pipeline.learner import RemoteLearner
 from pipeline.tracking import metrics
-from workers.learner.objective_options import Options
 from workers.learner.options import ReferenceSchedule
 
 
@@ -47,7 +46,8 @@ def model_card(cfg: Config) -> str:
         "",
         f"`{cfg.policy.model}` aligned on fresh samples of its own with Freshpairs.",
         "",
-        f"- objective: {_objective(cfg.objective)}, reference {_reference(cfg)}",
+        f"- objective: {cfg.objective.name} ({cfg.objective.settings})",
+        f"- reference: {_reference(cfg)}",
         f"- judge: {cfg.judge.name}",
         f"- {cfg.run.updates} updates of {cfg.sampling.prompts_per_update} prompts × "
         f"{cfg.sampling.completions_per_prompt} completions of at most "
@@ -80,13 +80,6 @@ def model_card(cfg: Config) -> str:
 def _examples(cfg: Config) -> str:
     names = {"pairs": "pairs", "unpaired": "labels", "ranked": "rankings", "sampled": "samples"}
     return names[cfg.objective.needs.records]
-
-
-def _objective(options: Options) -> str:
-    """The objective with every hyper-parameter that is not at rest."""
-    values = options.model_dump(exclude={"name"}).items()
-    shown = [f"{key} = {value}" for key, value in values if value not in (False, None, {}, 0.0)]
-    return f"{options.name} ({', '.join(shown)})"
 
 
 def _reference(cfg: Config) -> str:

@@ -50,6 +50,7 @@ class Progress:
         name: str,
         model: str,
         objective: str,
+        settings: str,
         judge: str,
         run_dir: Path,
         updates: int,
@@ -57,7 +58,8 @@ class Progress:
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        what = f"{short_name(model)}, {short_name(objective)}, judge {short_name(judge)}"
+        loss = f"{short_name(objective)} ({settings})"
+        what = f"{short_name(model)}, {loss}, judge {short_name(judge)}"
         self._heading = (f"{visible(name)}: {what}", str(run_dir))
         self._updates = updates
         self._done_before = self._done = done

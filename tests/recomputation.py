@@ -38,6 +38,19 @@ class Scored:
         return self.logp - self.ref
 
 
+@dataclass
+class Update:
+    """What one update learned from: its prompts' rows, and every log-ratio so far."""
+
+    run: Run
+    version: int
+    batch: Sequence[int]
+    pairs: Sequence[Row]
+    completions: Mapping[Key, Row]
+    scored: Mapping[Key, Scored]
+    seen: list[float]
+
+
 def sp(z: float) -> float:
     return max(z, 0.0) + math.log1p(math.exp(-abs(z)))
 
@@ -115,7 +128,8 @@ def losses(cfg: Config, updates: int | None = None) -> list[float | None]:
             for key, row in completions.items()
             if key[0] in batch
         }
-        values = EXAMPLES[cfg.objective.name](run, batch, pairs, completions, scored, seen, update)
+        part = Update(run, update, batch, pairs, completions, scored, seen)
+        values = EXAMPLES[cfg.objective.name](part)
         found.append(sum(values) / len(values) if values else None)
     return found
 
@@ -161,21 +175,13 @@ def pair_loss(o: Any, w: Scored, r: Scored, chosen_from_reference: bool) -> floa
     raise NotImplementedError(o.name)
 
 
-def pairwise(
-    run: Run,
-    batch: Sequence[int],
-    pairs: Sequence[Row],
-    completions: Mapping[Key, Row],
-    scored: Mapping[Key, Scored],
-    seen: list[float],
-    version: int,
-) -> list[float]:
-    o: Any = run.cfg.objective
+def pairwise(u: Update) -> list[float]:
+    o: Any = u.run.cfg.objective
     values = []
-    for pair in pairs:
+    for pair in u.pairs:
         keys = [(pair["position"], pair[side]) for side in ("chosen", "rejected")]
-        w, r = scored[keys[0]], scored[keys[1]]
-        from_reference = completions[keys[0]]["reference_share"] > 0
+        w, r = u.scored[keys[0]], u.scored[keys[1]]
+        from_reference = u.completions[keys[0]]["reference_share"] > 0
         p = pair["label_prob"]
         p = p * (1 - o.label_smoothing) + (1 - p) * o.label_smoothing
         value = p * pair_loss(o, w, r, from_reference)
@@ -183,7 +189,7 @@ def pairwise(
             value += (1 - p) * pair_loss(o, r, w, not from_reference)
         value -= o.nll_weight * w.logp / w.tokens
         if o.wpo:
-            value *= wpo(run, completions[keys[0]]) * wpo(run, completions[keys[1]])
+            value *= wpo(u.run, u.completions[keys[0]]) * wpo(u.run, u.completions[keys[1]])
         values.append(value)
     return values
 
@@ -197,18 +203,11 @@ def wpo(run: Run, row: Row) -> float:
     return math.exp(sum(aligned) / len(aligned))
 
 
-def pdpo(
-    run: Run,
-    batch: Sequence[int],
-    pairs: Sequence[Row],
-    completions: Mapping[Key, Row],
-    scored: Mapping[Key, Scored],
-    seen: list[float],
-    version: int,
-) -> list[float]:
-    o: Any = run.cfg.objective
+def pdpo(u: Update) -> list[float]:
+    o: Any = u.run.cfg.objective
     sides = [
-        (scored[p["position"], p["chosen"]], scored[p["position"], p["rejected"]]) for p in pairs
+        (u.scored[p["position"], p["chosen"]], u.scored[p["position"], p["rejected"]])
+        for p in u.pairs
     ]
     part = [sp(-o.beta * (w.ratio - r.ratio)) for w, r in sides]
     weights = [math.exp(w.logp + r.logp - w.behaviour - r.behaviour) for w, r in sides]
@@ -222,8 +221,8 @@ def pdpo(
     for i, (w, r) in enumerate(sides):
         others = [
             p
-            for p, pair in zip(part, pairs, strict=True)
-            if pair["position"] != pairs[i]["position"]
+            for p, pair in zip(part, u.pairs, strict=True)
+            if pair["position"] != u.pairs[i]["position"]
         ]
         leave_one_out = sum(others) / len(others) if others else 0.0
         baseline = {"ln2": math.log(2), "none": 0.0, "leave_one_out": leave_one_out}[o.baseline]
@@ -232,32 +231,22 @@ def pdpo(
     return found
 
 
-def labels(
-    batch: Sequence[int], pairs: Sequence[Row], completions: Mapping[Key, Row]
-) -> list[tuple[Key, bool]]:
+def labels(u: Update) -> list[tuple[Key, bool]]:
     found = [
         (key, row["desirable"])
-        for key, row in completions.items()
-        if key[0] in batch and row["fate"] == "learn"
+        for key, row in u.completions.items()
+        if key[0] in u.batch and row["fate"] == "learn"
     ]
-    for pair in pairs:
+    for pair in u.pairs:
         found.append(((pair["position"], pair["chosen"]), True))
         found.append(((pair["position"], pair["rejected"]), False))
     return found
 
 
-def kto(
-    run: Run,
-    batch: Sequence[int],
-    pairs: Sequence[Row],
-    completions: Mapping[Key, Row],
-    scored: Mapping[Key, Scored],
-    seen: list[float],
-    version: int,
-) -> list[float]:
-    o: Any = run.cfg.objective
-    labelled = labels(batch, pairs, completions)
-    prompts = {key[0]: row["prompt_ids"] for key, row in completions.items() if key[0] in batch}
+def kto(u: Update) -> list[float]:
+    o: Any = u.run.cfg.objective
+    labelled = labels(u)
+    prompts = {key[0]: row["prompt_ids"] for key, row in u.completions.items() if key[0] in u.batch}
     order = sorted(prompts)
     mismatched = []
     for place, position in enumerate(order):
@@ -265,74 +254,52 @@ def kto(
         other = next((ids for ids in others if ids != prompts[position]), None)
         if other is not None:
             keys = {key for key, _ in labelled if key[0] == position}
-            mismatched += [(other, completions[key]["ids"]) for key in keys]
-    policy = [sum(run.logprobs(prompt, ids)) for prompt, ids in mismatched]
-    run.use(version, "reference")
-    reference = [sum(run.logprobs(prompt, ids)) for prompt, ids in mismatched]
+            mismatched += [(other, u.completions[key]["ids"]) for key in keys]
+    policy = [sum(u.run.logprobs(prompt, ids)) for prompt, ids in mismatched]
+    u.run.use(u.version + 1, "reference")  # as it stood in this round
+    reference = [sum(u.run.logprobs(prompt, ids)) for prompt, ids in mismatched]
     ratios = [p - r for p, r in zip(policy, reference, strict=True)]
     z = max(0.0, sum(ratios) / len(ratios)) if ratios else 0.0
     return [
-        o.desirable_weight * (1 - sigmoid(o.beta * (scored[key].ratio - z)))
+        o.desirable_weight * (1 - sigmoid(o.beta * (u.scored[key].ratio - z)))
         if desirable
-        else o.undesirable_weight * (1 - sigmoid(o.beta * (z - scored[key].ratio)))
+        else o.undesirable_weight * (1 - sigmoid(o.beta * (z - u.scored[key].ratio)))
         for key, desirable in labelled
     ]
 
 
-def bco(
-    run: Run,
-    batch: Sequence[int],
-    pairs: Sequence[Row],
-    completions: Mapping[Key, Row],
-    scored: Mapping[Key, Scored],
-    seen: list[float],
-    version: int,
-) -> list[float]:
-    beta = run.cfg.objective.reward_scale
-    labelled = labels(batch, pairs, completions)
-    seen += [beta * scored[key].ratio for key, _ in labelled]
-    delta = sum(seen) / len(seen) if seen else 0.0
+def bco(u: Update) -> list[float]:
+    beta = u.run.cfg.objective.reward_scale
+    labelled = labels(u)
+    u.seen += [beta * u.scored[key].ratio for key, _ in labelled]
+    delta = sum(u.seen) / len(u.seen) if u.seen else 0.0
     return [
-        sp(-(beta * scored[key].ratio - delta)) if good else sp(beta * scored[key].ratio - delta)
+        sp(-(beta * u.scored[key].ratio - delta))
+        if good
+        else sp(beta * u.scored[key].ratio - delta)
         for key, good in labelled
     ]
 
 
-def plackett_luce(
-    run: Run,
-    batch: Sequence[int],
-    pairs: Sequence[Row],
-    completions: Mapping[Key, Row],
-    scored: Mapping[Key, Scored],
-    seen: list[float],
-    version: int,
-) -> list[float]:
-    beta = run.cfg.objective.reward_scale
+def plackett_luce(u: Update) -> list[float]:
+    beta = u.run.cfg.objective.reward_scale
     found = []
-    for position in batch:
-        chain = [p for p in pairs if p["position"] == position]
+    for position in u.batch:
+        chain = [p for p in u.pairs if p["position"] == position]
         if not chain:
             continue
         order = [chain[0]["chosen"], *(p["rejected"] for p in chain)]
-        rewards = [math.exp(beta * scored[position, sample].ratio) for sample in order]
+        rewards = [math.exp(beta * u.scored[position, sample].ratio) for sample in order]
         stages = [rewards[k] / sum(rewards[k:]) for k in range(len(rewards))]
         found.append(-sum(math.log(stage) for stage in stages))
     return found
 
 
-def nash_md(
-    run: Run,
-    batch: Sequence[int],
-    pairs: Sequence[Row],
-    completions: Mapping[Key, Row],
-    scored: Mapping[Key, Scored],
-    seen: list[float],
-    version: int,
-) -> list[float]:
-    beta = run.cfg.objective.reward_scale
+def nash_md(u: Update) -> list[float]:
+    beta = u.run.cfg.objective.reward_scale
     found = []
-    for pair in pairs:
-        own = scored[pair["position"], 0]
+    for pair in u.pairs:
+        own = u.scored[pair["position"], 0]
         wins = pair["label_prob"] if pair["chosen"] == 0 else 1 - pair["label_prob"]
         found.append(beta * own.ratio * own.logp - (wins - 0.5) * own.logp)
     return found

@@ -7,13 +7,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from tokenizers.processors import TemplateProcessing
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import BertModel
 
 from judges.errors import UserError
+from tests import tiny
 from workers.models.encoder import SentenceEncoder
 from workers.models.fetch import fetch_model
 
@@ -24,36 +21,7 @@ MAX_TOKENS = 12
 
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random two-layer BERT whose tokenizer pads on the left and knows no maximum length."""
-    directory = tmp_path_factory.mktemp("bert")
-    names = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", *WORDS]
-    tokenizer = Tokenizer(WordLevel({name: i for i, name in enumerate(names)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = WhitespaceSplit()
-    tokenizer.post_processor = TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", CLS), ("[SEP]", SEP)]
-    )
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        unk_token="[UNK]",
-        pad_token="[PAD]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        padding_side="left",
-    )
-    fast.save_pretrained(directory)
-    config = BertConfig(
-        vocab_size=len(names),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=MAX_TOKENS,
-        initializer_range=0.5,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        BertModel(config).save_pretrained(directory)
-    return directory
+    return tiny.save_encoder(tmp_path_factory.mktemp("bert"), WORDS, MAX_TOKENS)
 
 
 def pooled(directory: Path, text: str) -> npt.NDArray[np.float32]:

@@ -18,6 +18,7 @@ from pipeline.learner import RemoteLearner
 from pipeline.ledger import Ledger
 from pipeline.stopping import Stopped
 from tests import recomputation, tiny
+from workers.learner.density_ratio import DensityRatio
 
 FOUR = {"prompts_per_update": 4, "max_new_tokens": 8, "completions_per_prompt": 4}
 TWO_A_ROUND = {"updates_per_round": 2}
@@ -229,6 +230,60 @@ def test_measures_of_the_objective_are_logged(tiny_model: Path, tmp_path: Path) 
         records = [r for r in tiny.records(cfg.run_dir) if r["kind"] == "update" and r["pairs"]]
         assert all(set(r["objective"]) == expected for r in records)
     assert records[0]["rewards_chosen"] == 0.0
+
+
+def test_undesirable_completions_are_weighed_by_their_prompts(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The learner's loss with the weights that the classifier gave; resumed, the same."""
+    encoder = tiny.save_encoder(tmp_path / "encoder")
+    given: list[torch.Tensor] = []
+
+    def recorded(ratio: DensityRatio, examples: Any) -> torch.Tensor:
+        given.append(weigh(ratio, examples))
+        return given[-1]
+
+    weigh = DensityRatio.__call__
+    sections = {
+        "objective": {"name": "bco", "embedding_model": str(encoder)},
+        "pairing": {"strategy": "threshold", "threshold": 0.1},
+    }
+    monkeypatch.setattr(DensityRatio, "__call__", recorded)
+    cfg = config(tiny_model, tmp_path / "a", sections)
+    job.run(cfg, quiet=True)
+    weights = torch.cat(given)
+    assert len({round(w, 3) for w in weights.tolist()}) > 5
+    assert 0.5 <= float(weights.min()) < 0.9
+    assert float(weights.max()) > 1.1
+    expected = recomputation.losses(cfg, updates=1)[0]
+    labels = pq.read_table(cfg.run_dir / "ledger/round-000000.parquet").to_pylist()
+    learned = [row for row in labels if row["fate"] == "learn"]
+    # At step 0 every log-ratio is 0: each loss is ln 2, times its weight where undesirable.
+    plain = [math.log(2)] * len(learned)
+    assert expected == pytest.approx(sum(plain) / len(plain), rel=1e-5)
+    first = tiny.records(cfg.run_dir)[0]["loss"]
+    assert first == pytest.approx(math.log(2) * float(given[0].mean()), rel=1e-5)
+
+    with monkeypatch.context() as patch:
+        update, calls = RemoteLearner.update, iter(range(3))
+
+        def dies(learner: RemoteLearner, batch: Any) -> dict[str, Any]:
+            if next(calls, None) is None:
+                raise KeyboardInterrupt
+            return update(learner, batch)
+
+        patch.setattr(RemoteLearner, "update", dies)
+        cut = config(tiny_model, tmp_path / "b", sections)
+        with pytest.raises(Stopped):
+            job.run(cut, quiet=True)
+    job.resume(cut.run_dir, quiet=True)
+    assert tiny.records(cut.run_dir) == tiny.records(cfg.run_dir)
+
+
+def test_an_encoder_that_is_not_there_is_one_line(tiny_model: Path, tmp_path: Path) -> None:
+    sections = {"objective": {"name": "bco", "embedding_model": "no such"}}
+    with pytest.raises(UserError, match=r"objective\.embedding_model=no such: no such directory"):
+        job.run(config(tiny_model, tmp_path, sections), quiet=True)
 
 
 PER_TOKEN = """

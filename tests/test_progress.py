@@ -36,6 +36,7 @@ class Screen:
             name="quickstart",
             model="stories15M",
             objective="dpo",
+            settings="beta 0.1",
             judge="sentiment",
             run_dir=Path("runs/quickstart"),
             console=console,
@@ -91,7 +92,7 @@ def test_a_file_gets_plain_lines_one_a_round() -> None:
             screen.update(index + 1)
             screen.round(index, index + 1)
     assert screen.lines[:3] == [
-        "quickstart: stories15M, dpo, judge sentiment",
+        "quickstart: stories15M, dpo (beta 0.1), judge sentiment",
         "writing to runs/quickstart",
         "starting Ray …",
     ]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
 import pytest
 
+from judges.plugins import load_plugin
 from pipeline import load_config, run
 from tests import recomputation, tiny
 
 RECIPES = sorted((Path(__file__).parents[1] / "configs/recipes").glob("*.yaml"))
+GSM8K = Path(__file__).parents[2] / "shared/data/gsm8k/test.jsonl"
 SMALL = [
     "sampling.prompts_per_update=6",
     "evaluation.prompts=null",
@@ -28,6 +31,36 @@ def test_every_recipe_says_what_it_is() -> None:
         assert "At full size:" in text, path.name
         assert "Published:" in text, path.name
         assert load_config(path).run.name == path.stem
+
+
+def test_exact_answers() -> None:
+    judge = load_plugin(f"{RECIPES[0].parent}/exact_answer.py:score", key="judge.name")
+    worked = "He has 3 + 4 = 7.\n#### "
+    cases = [
+        ("so #### 1,200", worked + "1200", 1.0),
+        ("#### 7.", worked + "7", 1.0),
+        ("#### 7 or rather #### 8", worked + "7", 0.0),
+        ("the answer is 7", worked + "7", 0.0),
+        ("#### -7", worked + "-7", 1.0),
+        ("", worked + "7", 0.0),
+    ]
+    for completion, answer, expected in cases:
+        assert judge(prompts=["p"], completions=[completion], answer=[answer]) == [expected]
+    first = {"pattern": r"^\W*(\w+)"}
+    found = judge(
+        prompts=["p"] * 2, completions=[" Lily.", "the Lily"], answer=["#### lily"] * 2, **first
+    )
+    assert found == [1.0, 0.0]
+
+
+@pytest.mark.skipif(not GSM8K.is_file(), reason=f"no {GSM8K}: it is not part of the repository")
+def test_every_gsm8k_answer_is_right_and_another_is_wrong() -> None:
+    judge = load_plugin(f"{RECIPES[0].parent}/exact_answer.py:score", key="judge.name")
+    answers = [json.loads(line)["answer"] for line in GSM8K.read_text().splitlines()]
+    assert len(answers) == 1319
+    assert judge(prompts=answers, completions=answers, answer=answers) == [1.0] * 1319
+    others = [answer + "9" for answer in answers]
+    assert judge(prompts=answers, completions=others, answer=answers) == [0.0] * 1319
 
 
 @pytest.mark.slow

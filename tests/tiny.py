@@ -12,7 +12,13 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from pipeline.config import Config, parse_config
 
@@ -89,6 +95,40 @@ def tokenizer(words: list[str] = WORDS) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=model, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
     )
+
+
+def save_encoder(directory: Path, words: list[str] = WORDS, max_tokens: int = 12) -> Path:
+    """Write a random two-layer BERT whose tokenizer pads on the left and knows no maximum length.
+
+    Ids: [PAD] 0, [CLS] 1, [SEP] 2, [UNK] 3, then the words.
+    """
+    names = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", *words]
+    model = Tokenizer(WordLevel({name: i for i, name in enumerate(names)}, unk_token="[UNK]"))
+    model.pre_tokenizer = WhitespaceSplit()
+    model.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=model,
+        unk_token="[UNK]",
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        padding_side="left",
+    ).save_pretrained(directory)
+    config = BertConfig(
+        vocab_size=len(names),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=max_tokens,
+        initializer_range=0.5,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        BertModel(config).save_pretrained(directory)
+    return directory
 
 
 def write_prompts(path: Path, count: int = 24) -> Path:

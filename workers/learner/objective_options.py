@@ -14,7 +14,8 @@ from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
-from judges.plugins import is_plugin, load_plugin
+from judges.errors import UserError
+from judges.plugins import args_key, is_plugin, load_plugin, open_parameters, required
 from workers.tagged_union import TaggedUnion
 
 Records: TypeAlias = Literal["pairs", "unpaired", "ranked", "sampled"]
@@ -79,6 +80,12 @@ class Options(BaseModel):
     def needs(self) -> Needs:
         """What the learner must give this objective."""
         return Needs()
+
+    @property
+    def settings(self) -> str:
+        """Every hyper-parameter that is not at rest, for people: ``beta 0.1, tau 0.05``."""
+        values = self.model_dump(exclude={"name"}).items()
+        return ", ".join(f"{key} {value}" for key, value in values if value)
 
     @property
     def reward_scale(self) -> float:
@@ -364,10 +371,21 @@ class OwnOptions(Options):
         default_factory=dict, description="Keyword arguments of the function"
     )
 
+    def load(self) -> Callable[..., Any]:
+        """The function. Raises UserError where it cannot be loaded or does not take the args."""
+        key = "objective.name"
+        function = load_plugin(self.name, key=key)
+        open_, _ = open_parameters(function, self.args, key=key, spec=self.name)
+        if missing := required(open_)[1:]:
+            raise UserError(
+                f"{args_key(key)}: {self.name} needs {', '.join(missing)}: give it there"
+            )
+        return function
+
     @property
     def needs(self) -> Needs:
-        """What its ``@needs(…)`` says; loads the plug-in. Raises UserError where it cannot."""
-        return needs_of(load_plugin(self.name, key="objective.name"))
+        """What its ``@needs(…)`` says. Raises UserError as ``load``."""
+        return needs_of(self.load())
 
     def implicit_reward(self, logps: Any, ref: Any, tokens: Any) -> Any:
         return self.beta * (logps if ref is None else logps - ref)

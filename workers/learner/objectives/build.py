@@ -12,10 +12,8 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from judges.errors import UserError
-from judges.plugins import args_key, load_plugin, open_parameters
-from judges.plugins import required as parameters_required
 from workers.learner import objective_options as options_of
-from workers.learner.objective_options import Needs, ObjectiveOptions, Options, needs_of
+from workers.learner.objective_options import Needs, ObjectiveOptions, Options
 from workers.learner.objectives import pairwise
 from workers.learner.objectives.pdpo import importance_weight, pdpo_surrogate, score_baseline
 from workers.learner.objectives.ranked import plackett_luce_loss
@@ -71,9 +69,8 @@ def build_objective(options: Options | Mapping[str, Any]) -> Objective:
         options = adapter.validate_python(dict(options))
     match options:
         case options_of.OwnOptions():
-            function = load_plugin(options.name, key="objective.name")
-            _require_args(function, options)
-            return _Pure(options.name, needs_of(function), partial(_own, function, options))
+            own = partial(_own, options.load(), options)
+            return _Pure(options.name, options.needs, own)
         case options_of.BcoOptions():
             return _Bco(options)
         case options_of.PdpoOptions():
@@ -133,48 +130,36 @@ class _Bco:
 PairLoss: TypeAlias = Callable[[PairLogps], Tensor]
 
 
+PAIR_LOSSES: Mapping[str, Callable[..., Tensor]] = {
+    "dpo": pairwise.dpo_loss,
+    "robust_dpo": pairwise.robust_dpo_loss,
+    "ipo": pairwise.ipo_loss,
+    "slic": pairwise.slic_loss,
+    "simpo": pairwise.simpo_loss,
+    "orpo": pairwise.orpo_loss,
+    "cpo": pairwise.cpo_loss,
+    "length_normalized_dpo": pairwise.length_normalized_dpo_loss,
+    "length_regularized_dpo": pairwise.length_regularized_dpo_loss,
+    "dpop": pairwise.dpop_loss,
+    "nca": pairwise.nca_loss,
+    "sppo": pairwise.sppo_loss,
+    "apo_zero": pairwise.apo_zero_loss,
+    "apo_down": pairwise.apo_down_loss,
+    "bco_pair": pairwise.bco_pair_loss,
+    "discopop": pairwise.discopop_loss,
+    "f_dpo": pairwise.f_dpo_loss,
+    "xpo": pairwise.xpo_loss,
+}
+"""The loss of a pair whose label is certain; its arguments are the objective's own options."""
+
+
 def _certain(options: options_of.PairwiseOptions) -> PairLoss:
-    """The preference term of a pair whose label is certain."""
-    match options:
-        case options_of.RobustDpoOptions(beta=beta, flip_probability=flip):
-            return partial(pairwise.robust_dpo_loss, beta=beta, flip_probability=flip)
-        case options_of.IpoOptions(tau=tau, length_normalized=normalized):
-            return partial(pairwise.ipo_loss, tau=tau, length_normalized=normalized)
-        case options_of.SimpoOptions(beta=beta, gamma=gamma):
-            return partial(pairwise.simpo_loss, beta=beta, gamma=gamma)
-        case options_of.OrpoOptions(lam=lam):
-            return partial(pairwise.orpo_loss, lam=lam)
-        case options_of.LengthRegularizedDpoOptions(beta=beta, length_alpha=alpha):
-            return partial(pairwise.length_regularized_dpo_loss, beta=beta, length_alpha=alpha)
-        case options_of.DpopOptions(beta=beta, positive_lambda=weight):
-            return partial(pairwise.dpop_loss, beta=beta, positive_lambda=weight)
-        case options_of.DiscopopOptions(beta=beta, tau=tau):
-            return partial(pairwise.discopop_loss, beta=beta, tau=tau)
-        case options_of.FDpoOptions(beta=beta, divergence=divergence):
-            return partial(pairwise.f_dpo_loss, beta=beta, divergence=divergence)
-        case options_of.DpoOptions(beta=beta) | options_of.XpoOptions(beta=beta):
-            return partial(pairwise.dpo_loss, beta=beta)
-        case options_of.SlicOptions(beta=beta):
-            return partial(pairwise.slic_loss, beta=beta)
-        case options_of.CpoOptions(beta=beta):
-            return partial(pairwise.cpo_loss, beta=beta)
-        case options_of.LengthNormalizedDpoOptions(beta=beta):
-            return partial(pairwise.length_normalized_dpo_loss, beta=beta)
-        case options_of.NcaOptions(beta=beta):
-            return partial(pairwise.nca_loss, beta=beta)
-        case options_of.SppoOptions(beta=beta):
-            return partial(pairwise.sppo_loss, beta=beta)
-        case options_of.ApoZeroOptions(beta=beta):
-            return partial(pairwise.apo_zero_loss, beta=beta)
-        case options_of.ApoDownOptions(beta=beta):
-            return partial(pairwise.apo_down_loss, beta=beta)
-        case options_of.BcoPairOptions(beta=beta):
-            return partial(pairwise.bco_pair_loss, beta=beta)
-    raise TypeError(f"{options.name}: has no loss of a pair")
+    shared = set(options_of.PairwiseOptions.model_fields)
+    return partial(PAIR_LOSSES[options.name], **options.model_dump(exclude=shared))
 
 
 def _pairwise(options: options_of.PairwiseOptions, logps: PairLogps) -> ObjectiveOutput:
-    """The preference term under the trust in each label, then likelihood, bonus and weight."""
+    """The preference term under the trust in each label, then likelihood and weight."""
     trusted = _trusted(logps, options.label_smoothing)
     if isinstance(options, options_of.ExoOptions):
         loss = pairwise.exo_loss(logps, options.beta, trusted)
@@ -183,9 +168,6 @@ def _pairwise(options: options_of.PairwiseOptions, logps: PairLogps) -> Objectiv
     nll_weight = options.nll_weight + isinstance(options, options_of.OrpoOptions)
     if nll_weight:
         loss = loss + nll_weight * pairwise.nll_loss(logps)
-    if isinstance(options, options_of.XpoOptions):
-        origin = required(logps.chosen_from_reference, "chosen_from_reference")
-        loss = loss + pairwise.xpo_bonus(logps, options.alpha, origin)
     if options.wpo:  # Eq. 2, arXiv:2406.11827
         chosen = required(logps.wpo_chosen, "wpo_chosen")
         loss = (chosen * required(logps.wpo_rejected, "wpo_rejected")).detach() * loss
@@ -235,16 +217,6 @@ def _plackett_luce(options: options_of.PlackettLuceOptions, logps: RankedLogps) 
 
 def _nash_md(options: options_of.NashMdOptions, logps: SampledLogps) -> ObjectiveOutput:
     return ObjectiveOutput(nash_md_loss(logps, options.beta))
-
-
-def _require_args(function: Callable[..., Tensor], options: options_of.OwnOptions) -> None:
-    """Raises UserError unless the function takes a record and these args."""
-    key = "objective.name"
-    open_, _ = open_parameters(function, options.args, key=key, spec=options.name)
-    if missing := parameters_required(open_)[1:]:
-        raise UserError(
-            f"{args_key(key)}: {options.name} needs {', '.join(missing)}: give it there"
-        )
 
 
 def _own(

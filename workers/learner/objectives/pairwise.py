@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
 
-from workers.learner.objectives.records import PairLogps
+from workers.learner.objectives.records import PairLogps, required
 
 
 def dpo_loss(logps: PairLogps, beta: float) -> Tensor:
@@ -151,12 +151,14 @@ def f_dpo_loss(
     return -logsigmoid(torch.exp(rejected_term) - torch.exp(chosen_term))
 
 
-def xpo_bonus(logps: PairLogps, alpha: float, chosen_from_reference: Tensor) -> Tensor:
-    """``α·log π(y_ref)``: optimism, away from what the reference says. Eq. 5, arXiv:2405.21046."""
-    reference_sample = torch.where(
-        chosen_from_reference, logps.policy_chosen, logps.policy_rejected
-    )
-    return alpha * reference_sample
+def xpo_loss(logps: PairLogps, beta: float, alpha: float) -> Tensor:
+    """DPO's loss and ``α·log π(y_ref)``: optimism, away from what the reference says.
+
+    Eq. 5, arXiv:2405.21046. ``chosen_from_reference`` says which side the reference wrote.
+    """
+    origin = required(logps.chosen_from_reference, "chosen_from_reference")
+    reference_sample = torch.where(origin, logps.policy_chosen, logps.policy_rejected)
+    return dpo_loss(logps, beta) + alpha * reference_sample
 
 
 def _margin_per_token(logps: PairLogps) -> Tensor:
