@@ -11,13 +11,9 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from pipeline.config import Config
-from workers.learner.objective_options import (
-    BUILT_IN,
-    Interval,
-    Options,
-    OwnOptions,
-    PairwiseOptions,
-)
+from workers.interval import Interval
+from workers.learner.objective_options import BUILT_IN, OwnOptions
+from workers.learner.pairwise_options import Options, PairwiseOptions
 
 PAGE = Path(__file__).with_name("configuration.md")
 

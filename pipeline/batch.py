@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 
 from judges.interface import text_of
-from workers.learner.objective_options import Needs, Records
+from workers.learner.needs import Needs, Records
 from workers.messages import (
     BatchCompletion,
     BatchExample,

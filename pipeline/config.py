@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from judges.errors import UserError
 from judges.plugins import is_plugin, resolve_plugin_path
-from pipeline import fit
+from pipeline.fit import Served
 from pipeline.mistakes import explain
 from pipeline.pairing import PairingOptions
 from pipeline.prompts import PromptOptions
@@ -25,8 +25,9 @@ from pipeline.resampling import ResamplingOptions
 from pipeline.tracking import TrackingOptions
 from workers.generator import GeneratorOptions, SamplingOptions
 from workers.judge_worker import JudgeOptions
-from workers.learner.objective_options import DpoOptions, ObjectiveOptions, OwnOptions
+from workers.learner.objective_options import ObjectiveOptions, OwnOptions
 from workers.learner.options import LearnerOptions, ReferenceOptions
+from workers.learner.pairwise_options import DpoOptions
 from workers.options import PolicyOptions
 
 
@@ -126,8 +127,21 @@ class Config(_Section):
                 f"{self.run.updates}; a round cannot be passed over that often"
             )
         if not isinstance(self.objective, OwnOptions):  # which is checked once it is loaded
-            fit.check(self, self.objective.needs)
+            self.check_fit()
         return self
+
+    def check_fit(self) -> None:
+        """Raises UserError where other sections cannot give the objective what it needs."""
+        served = Served(
+            objective=self.objective,
+            sampling=self.sampling,
+            pairing=self.pairing,
+            resampling=self.resampling,
+            reference=self.reference,
+            measured=self.drift.reference,
+            updates=self.run.updates,
+        )
+        served.check(self.objective.needs)
 
     @property
     def run_dir(self) -> Path:

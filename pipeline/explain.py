@@ -16,13 +16,8 @@ from pipeline.explain_figure import MEANINGS, NAMES, Trajectory, draw, write
 from pipeline.mistakes import explain as lines_of
 from pipeline.run_directory import read_run_config
 from pipeline.tracking import metrics
-from workers.learner.objective_options import (
-    BcoOptions,
-    KtoOptions,
-    ObjectiveOptions,
-    Options,
-    OwnOptions,
-)
+from workers.learner.objective_options import BcoOptions, KtoOptions, ObjectiveOptions, OwnOptions
+from workers.learner.pairwise_options import Options
 
 SUFFIXES = (".png", ".svg", ".pdf")
 RATIOS = (0.02, 2.0)

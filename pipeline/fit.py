@@ -2,93 +2,107 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 from judges.errors import UserError
-from workers.learner.objective_options import Needs, PdpoOptions
-from workers.learner.options import ReferenceSchedule
-
-if TYPE_CHECKING:
-    from pipeline.config import Config
-
-
-def check(cfg: Config, needs: Needs) -> None:
-    """Raises UserError where sampling, pairing or reference cannot give what is needed."""
-    _check_pairing(cfg, needs)
-    _check_opponent(cfg, needs)
-    _check_reference(cfg, needs)
-    if needs.mismatched and cfg.sampling.prompts_per_update < 2:
-        raise UserError(
-            f"sampling.prompts_per_update={cfg.sampling.prompts_per_update}: "
-            f"{cfg.objective.name} meets completions with other prompts: it needs at least 2"
-        )
-    if isinstance(cfg.objective, PdpoOptions):
-        _check_pdpo(cfg, cfg.objective)
+from pipeline.pairing import PairingOptions
+from pipeline.resampling import ResamplingOptions
+from workers.generator import SamplingOptions
+from workers.learner.needs import Needs
+from workers.learner.objective_options import PdpoOptions
+from workers.learner.options import ReferenceOptions, ReferenceSchedule
+from workers.learner.pairwise_options import Options
 
 
-def _check_pairing(cfg: Config, needs: Needs) -> None:
-    strategy = cfg.pairing.strategy
-    if needs.records == "ranked" and strategy != "ranking":
-        raise UserError(
-            f"pairing.strategy={strategy}: {cfg.objective.name} learns from whole rankings: "
-            "set pairing.strategy to ranking"
-        )
-    if needs.records == "ranked" and cfg.pairing.max_pairs is not None:
-        raise UserError("pairing.max_pairs: would tear rankings apart: set it to null")
-    if needs.records == "ranked" and cfg.pairing.ties != "drop":
-        raise UserError("pairing.ties=keep: a ranking has no ties: set it to drop")
-    if strategy == "threshold" and needs.records != "unpaired":
-        raise UserError(
-            "pairing.strategy=threshold: labels completions one by one, but "
-            f"{cfg.objective.name} needs pairs: use another strategy, or kto or bco"
-        )
+@dataclass(frozen=True, slots=True)
+class Served:
+    """An objective and the sections that must give it what it needs.
 
+    ``measured``: the measures of drift ask for a reference.
+    """
 
-def _check_opponent(cfg: Config, needs: Needs) -> None:
-    n = cfg.sampling.completions_per_prompt
-    if (needs.opponent or needs.records == "sampled") and n != 2:
-        raise UserError(
-            f"sampling.completions_per_prompt={n}: {cfg.objective.name} plays one sample of the "
-            "policy against one opponent: it needs 2"
-        )
-    if needs.opponent and cfg.reference.update != "frozen":
-        raise UserError(
-            f"reference.update: {cfg.objective.name} samples from the reference, which generators "
-            "hold as the starting model: it must be frozen"
-        )
+    objective: Options
+    sampling: SamplingOptions
+    pairing: PairingOptions
+    resampling: ResamplingOptions
+    reference: ReferenceOptions
+    measured: bool
+    updates: int
 
+    def check(self, needs: Needs) -> None:
+        """Raises UserError where sampling, pairing or reference cannot give what is needed."""
+        self._check_pairing(needs)
+        self._check_opponent(needs)
+        self._check_reference(needs)
+        prompts = self.sampling.prompts_per_update
+        if needs.mismatched and prompts < 2:
+            raise UserError(
+                f"sampling.prompts_per_update={prompts}: {self.objective.name} meets completions "
+                "with other prompts: it needs at least 2"
+            )
+        if isinstance(self.objective, PdpoOptions):
+            self._check_pdpo(self.objective)
 
-def _check_reference(cfg: Config, needs: Needs) -> None:
-    update = cfg.reference.update
-    if not isinstance(update, ReferenceSchedule):
-        return
-    if not (needs.reference or cfg.drift.reference):
-        raise UserError(
-            f"reference.update: {cfg.objective.name} has no reference to update: leave it out, or "
-            "set drift.reference to true to measure drift against it"
-        )
-    span = cfg.resampling.updates_per_round * cfg.resampling.passes
-    rounds_after_the_first = -(-cfg.run.updates // span) - 1
-    if rounds_after_the_first < (update.every_rounds or 1):
-        raise UserError(
-            f"reference.update: run.updates={cfg.run.updates} make {rounds_after_the_first + 1:g} "
-            "rounds, so the reference would never move: sample more often "
-            "(resampling.updates_per_round), or use frozen"
-        )
+    def _check_pairing(self, needs: Needs) -> None:
+        pairing, name = self.pairing, self.objective.name
+        if needs.records == "ranked":
+            if pairing.strategy != "ranking":
+                raise UserError(
+                    f"pairing.strategy={pairing.strategy}: {name} learns from whole rankings: set "
+                    "pairing.strategy to ranking"
+                )
+            if pairing.max_pairs is not None:
+                raise UserError("pairing.max_pairs: would tear rankings apart: set it to null")
+            if pairing.ties != "drop":
+                raise UserError("pairing.ties=keep: a ranking has no ties: set it to drop")
+        if pairing.strategy == "threshold" and needs.records != "unpaired":
+            raise UserError(
+                f"pairing.strategy=threshold: labels completions one by one, but {name} needs "
+                "pairs: use another strategy, or kto or bco"
+            )
 
+    def _check_opponent(self, needs: Needs) -> None:
+        n = self.sampling.completions_per_prompt
+        if (needs.opponent or needs.records == "sampled") and n != 2:
+            raise UserError(
+                f"sampling.completions_per_prompt={n}: {self.objective.name} plays one sample of "
+                "the policy against one opponent: it needs 2"
+            )
+        if needs.opponent and self.reference.update != "frozen":
+            raise UserError(
+                f"reference.update: {self.objective.name} samples from the reference, which "
+                "generators hold as the starting model: it must be frozen"
+            )
 
-def _check_pdpo(cfg: Config, pdpo: PdpoOptions) -> None:
-    n, strategy = cfg.sampling.completions_per_prompt, cfg.pairing.strategy
-    if n != 2 and strategy != "random":
-        raise UserError(
-            f"sampling.completions_per_prompt={n}: pdpo takes an expectation over the policy's "
-            "pairs, so they must be drawn at random: use 2, or pairing.strategy: random"
-        )
-    sampling = cfg.sampling
-    reshaped = sampling.temperature != 1.0 or sampling.top_p < 1.0 or sampling.top_k is not None
-    if reshaped and pdpo.weights == "none":
-        raise UserError(
-            f"objective.weights=none: with sampling.temperature={sampling.temperature:g}, top_p or "
-            "top_k the samples are not the policy's own: set weights to clipped, raw or "
-            "self_normalized, or sample at temperature 1 without truncation"
-        )
+    def _check_reference(self, needs: Needs) -> None:
+        update = self.reference.update
+        if not isinstance(update, ReferenceSchedule):
+            return
+        if not (needs.reference or self.measured):
+            raise UserError(
+                f"reference.update: {self.objective.name} has no reference to update: leave it "
+                "out, or set drift.reference to true to measure drift against it"
+            )
+        span = self.resampling.updates_per_round * self.resampling.passes
+        rounds_after_the_first = -(-self.updates // span) - 1
+        if rounds_after_the_first < (update.every_rounds or 1):
+            raise UserError(
+                f"reference.update: run.updates={self.updates} make {rounds_after_the_first + 1:g} "
+                "rounds, so the reference would never move: sample more often "
+                "(resampling.updates_per_round), or use frozen"
+            )
+
+    def _check_pdpo(self, pdpo: PdpoOptions) -> None:
+        n, sampling = self.sampling.completions_per_prompt, self.sampling
+        if n != 2 and self.pairing.strategy != "random":
+            raise UserError(
+                f"sampling.completions_per_prompt={n}: pdpo takes an expectation over the policy's "
+                "pairs, so they must be drawn at random: use 2, or pairing.strategy: random"
+            )
+        reshaped = sampling.temperature != 1.0 or sampling.top_p < 1.0 or sampling.top_k is not None
+        if reshaped and pdpo.weights == "none":
+            raise UserError(
+                f"objective.weights=none: with sampling.temperature={sampling.temperature:g}, "
+                "top_p or top_k the samples are not the policy's own: set weights to clipped, raw "
+                "or self_normalized, or sample at temperature 1 without truncation"
+            )

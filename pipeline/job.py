@@ -15,7 +15,7 @@ from rich.console import Console
 
 from judges.errors import UserError
 from judges.plugins import is_plugin, load_plugin
-from pipeline import fit, loop
+from pipeline import loop
 from pipeline.checkpoint import Checkpoints, Cursor
 from pipeline.config import Config, threads_of
 from pipeline.dashboards import wandb_module
@@ -278,7 +278,7 @@ def _check_inputs(cfg: Config) -> _Inputs:
             load_plugin(name, key="judge.name")
     if cfg.tracking.wandb is not None:
         wandb_module()
-    fit.check(cfg, cfg.objective.needs)
+    cfg.check_fit()
     if isinstance(cfg.objective, BcoOptions) and cfg.objective.embedding_model is not None:
         resolve_encoder(cfg.objective.embedding_model)
     _pairing(cfg)

@@ -13,7 +13,7 @@ from pipeline.batch import update_batch
 from pipeline.learner import RemoteLearner
 from pipeline.ledger import with_reference_logprobs
 from workers.generator import SamplingOptions
-from workers.learner.objective_options import Needs
+from workers.learner.needs import Needs
 from workers.messages import BatchCompletion, Completion, FloatArray, Round, UpdateBatch
 from workers.seeds import derive_seed
 

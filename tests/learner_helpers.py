@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from workers.generator import SampleRequest, SamplingOptions
 from workers.learner.learner import Learner
-from workers.learner.objective_options import DpoOptions, Options
 from workers.learner.options import LearnerOptions
+from workers.learner.pairwise_options import DpoOptions, Options
 from workers.messages import BatchCompletion, BatchPair, Completion, Prompt, UpdateBatch
 from workers.options import PolicyOptions
 from workers.transformers_generator import TransformersGenerator

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from workers.learner.objective_options import BUILT_IN, PairwiseOptions
+from workers.learner.objective_options import BUILT_IN
 from workers.learner.objectives import PairLogps, build_objective
+from workers.learner.pairwise_options import PairwiseOptions
 
 PAIRWISE = sorted(
     name for name, options in BUILT_IN.items() if issubclass(options, PairwiseOptions)

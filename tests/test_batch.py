@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from pipeline.batch import mismatched_completions, update_batch
-from workers.learner.objective_options import Needs
+from workers.learner.needs import Needs
 from workers.messages import (
     BatchLabel,
     BatchRanking,

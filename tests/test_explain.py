@@ -19,6 +19,7 @@ from pydantic import TypeAdapter
 from judges.errors import UserError
 from pipeline import cli
 from pipeline.explain import explain, read_options, read_trajectory
+from workers.interval import Interval
 from workers.learner.landscape import (
     Region,
     is_surrogate,
@@ -27,14 +28,9 @@ from workers.learner.landscape import (
     regions,
     shares,
 )
-from workers.learner.objective_options import (
-    BUILT_IN,
-    Interval,
-    ObjectiveOptions,
-    Options,
-    PairwiseOptions,
-)
+from workers.learner.objective_options import BUILT_IN, ObjectiveOptions
 from workers.learner.objectives import PairLogps, TokenLogprobs, build_objective
+from workers.learner.pairwise_options import Options, PairwiseOptions
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "objectives.md"

@@ -28,8 +28,8 @@ from tests.learner_helpers import (
     with_reference,
 )
 from workers.learner.learner import Learner
-from workers.learner.objective_options import DpoOptions
 from workers.learner.options import LearnerOptions, learning_rate
+from workers.learner.pairwise_options import DpoOptions
 from workers.learner.statistics import effective_sample_share
 from workers.messages import BatchCompletion, BatchPair, UpdateBatch
 from workers.options import PolicyOptions

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from tests.learner_helpers import item, make_learner, plain_logprobs, plain_model
 from tests.test_learner import gradient
-from workers.learner.objective_options import ObjectiveOptions, Options
+from workers.learner.objective_options import ObjectiveOptions
+from workers.learner.pairwise_options import Options
 from workers.messages import (
     BatchCompletion,
     BatchExample,

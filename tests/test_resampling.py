@@ -17,7 +17,7 @@ from pipeline.batch import update_batch
 from pipeline.learner import RemoteLearner
 from pipeline.resampling import Dial, ResamplingOptions, RoundPlan, batches, with_reference
 from workers.generator import SamplingOptions
-from workers.learner.objective_options import Needs
+from workers.learner.needs import Needs
 from workers.messages import (
     BatchPair,
     Completion,

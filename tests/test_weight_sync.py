@@ -19,8 +19,8 @@ from pipeline.sync import GAP_LIMIT, PROBE_NEW_TOKENS, WeightSync, probe_gap
 from tests import tiny
 from workers.generator import SampleRequest, SamplingOptions
 from workers.learner.learner import Learner
-from workers.learner.objective_options import DpoOptions
 from workers.learner.options import LearnerOptions
+from workers.learner.pairwise_options import DpoOptions
 from workers.messages import (
     BatchCompletion,
     BatchPair,

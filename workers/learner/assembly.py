@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from workers.learner.objective_options import Needs
+from workers.learner.needs import Needs
 from workers.learner.objectives import (
     PairLogps,
     RankedLogps,

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from workers.messages import BatchCompletion, BatchExample
+from workers.messages import BatchCompletion, BatchExample, UpdateBatch
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,6 +30,14 @@ def pad_rows(completions: Sequence[BatchCompletion]) -> PaddedRows:
         ids[row, : starts[row]] = item.prompt_ids
         ids[row, starts[row] : starts[row] + lengths[row]] = item.completion.ids
     return PaddedRows(torch.from_numpy(ids), torch.tensor(starts), torch.tensor(lengths))
+
+
+def micro_batches(
+    batch: UpdateBatch, tokens_per_micro_batch: int
+) -> list[tuple[list[int], list[BatchExample]]]:
+    """The completions of each micro-batch, by index, and the examples over them."""
+    split = rows_by_tokens(batch.completions, batch.examples, tokens_per_micro_batch)
+    return [(rows, [batch.examples[e] for e in examples]) for rows, examples in split]
 
 
 def rows_by_tokens(

@@ -16,13 +16,8 @@ import torch
 from torch import Tensor
 
 from judges.errors import UserError
-from workers.learner.objective_options import (
-    BcoOptions,
-    KtoOptions,
-    Needs,
-    Options,
-    OwnOptions,
-)
+from workers.learner.needs import Needs
+from workers.learner.objective_options import BcoOptions, KtoOptions, OwnOptions
 from workers.learner.objectives import (
     NonFiniteLossError,
     Objective,
@@ -33,6 +28,7 @@ from workers.learner.objectives import (
     UnpairedLogps,
     build_objective,
 )
+from workers.learner.pairwise_options import Options
 from workers.messages import DoubleArray
 
 TOKENS = 20

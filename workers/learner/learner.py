@@ -7,24 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from workers.learner.assembly import Assembly, ScoredRows, behaviour_logps, reference_logprobs
-from workers.learner.batching import pad_rows, rows_by_tokens
-from workers.learner.density_ratio import DensityRatio
-from workers.learner.logprobs import CompletionScorer
-from workers.learner.objective_options import BcoOptions, Options
-from workers.learner.objectives import ObjectiveOutput, build_objective
+from workers.learner.logprobs import CompletionScorer, score_batch
+from workers.learner.loss import BatchLoss
 from workers.learner.options import LearnerOptions, ReferenceOptions, learning_rate
+from workers.learner.pairwise_options import Options
 from workers.learner.reference import Reference
-from workers.learner.statistics import Scored, update_measures
+from workers.learner.statistics import update_measures
 from workers.messages import (
-    BatchCompletion,
-    BatchExample,
     Completion,
-    DoubleArray,
     FloatArray,
     IntArray,
     UpdateBatch,
@@ -57,15 +49,13 @@ class Learner:
         self._options = options
         self._objective_options = objective
         self._updates = updates
-        self._objective = build_objective(objective)
-        self._density_ratio: DensityRatio | None = None
-        if isinstance(objective, BcoOptions) and objective.embedding_model is not None:
-            self._density_ratio = DensityRatio(objective.embedding_model)
         self._policy = load_policy(policy)
-        self._reference: Reference | None = None
-        if self._objective.needs.reference or keep_reference:
-            self._reference = Reference(self._policy, reference or ReferenceOptions())
         self._score_policy = CompletionScorer(self._policy)
+        self._reference: Reference | None = None
+        if objective.needs.reference or keep_reference:
+            self._reference = Reference(self._policy, reference or ReferenceOptions())
+        tokens = options.tokens_per_micro_batch
+        self._loss = BatchLoss(objective, self._score_policy, self._reference, tokens)
         self._optimizer = torch.optim.AdamW(
             self._policy.parameters(),
             lr=options.learning_rate,
@@ -92,7 +82,6 @@ class Learner:
         self._reference.begin_round(index, self._policy, self.version)
         return self._reference.version
 
-    @torch.no_grad()
     def score_reference(self, batches: Sequence[UpdateBatch]) -> list[list[FloatArray | None]]:
         """Reference log-probabilities of every completion, [tokens] each, batch by batch.
 
@@ -101,7 +90,8 @@ class Learner:
         """
         if self._reference is None:
             return [[None] * len(batch.completions) for batch in batches]
-        return [list(self._scores(self._reference.score, batch)) for batch in batches]
+        tokens = self._options.tokens_per_micro_batch
+        return [list(score_batch(self._reference.score, batch, tokens)) for batch in batches]
 
     @torch.no_grad()
     def probe(self, prompt_ids: IntArray, new_tokens: int) -> Completion:
@@ -115,26 +105,9 @@ class Learner:
             ids = torch.cat([ids, token])
         return probe_completion(self.version, ids[len(prompt_ids) :].tolist(), logprobs)
 
-    @torch.no_grad()
     def score_policy(self, batch: UpdateBatch) -> list[FloatArray]:
         """The current policy's log-probabilities of every completion, [tokens] each."""
-        return self._scores(self._score_policy, batch)
-
-    def _scores(self, scorer: CompletionScorer, batch: UpdateBatch) -> list[FloatArray]:
-        scores: list[FloatArray] = [np.empty(0, np.float32)] * len(batch.completions)
-        for rows, _ in self._micro_batches(batch):
-            padded = pad_rows([batch.completions[row] for row in rows])
-            found = scorer(padded.ids_BT, padded.starts_B, padded.lengths_B)
-            for row, logprobs in zip(rows, found, strict=True):
-                scores[row] = logprobs.numpy()
-        return scores
-
-    def _micro_batches(self, batch: UpdateBatch) -> list[tuple[list[int], list[BatchExample]]]:
-        """Completions by index and the examples over them."""
-        split = rows_by_tokens(
-            batch.completions, batch.examples, self._options.tokens_per_micro_batch
-        )
-        return [(rows, [batch.examples[e] for e in examples]) for rows, examples in split]
+        return score_batch(self._score_policy, batch, self._options.tokens_per_micro_batch)
 
     def update(self, batch: UpdateBatch) -> dict[str, Any]:
         """One optimizer step on the mean loss of the batch's examples; version += 1.
@@ -148,7 +121,7 @@ class Learner:
         scored, gradient_norm = None, None
         if batch.examples:
             try:
-                scored = self._backward(batch)
+                scored = self._loss.backward(batch, self.version)
             except FloatingPointError:
                 self._optimizer.zero_grad(set_to_none=True)
                 raise
@@ -161,115 +134,6 @@ class Learner:
             "learning_rate": rate,
             "seconds": time.perf_counter() - began,
         }
-
-    def _backward(self, batch: UpdateBatch) -> Scored:
-        """Accumulate the gradient of the mean loss over the batch's examples."""
-        micro_batches = [part for part in self._micro_batches(batch) if part[1]]
-        if self._objective.needs.whole_update and len(micro_batches) > 1:
-            parts = [self._in_two_passes(batch, [rows for rows, _ in micro_batches])]
-        else:
-            parts = [self._in_one_pass(batch, *part) for part in micro_batches]
-        return self._scored(batch, parts)
-
-    def _in_one_pass(
-        self, batch: UpdateBatch, rows: Sequence[int], examples: Sequence[BatchExample]
-    ) -> tuple[ScoredRows, ObjectiveOutput]:
-        """Score a micro-batch and add its share of the gradient."""
-        scored = self._score(batch, rows)
-        output = self._loss(batch, scored, examples)
-        if output.loss.requires_grad:  # not where every completion is only contrasted with
-            mean = output.loss.sum() / len(batch.examples)
-            mean.backward()  # type: ignore[no-untyped-call]
-        return scored, output
-
-    def _in_two_passes(
-        self, batch: UpdateBatch, micro_batches: Sequence[Sequence[int]]
-    ) -> tuple[ScoredRows, ObjectiveOutput]:
-        """Score everything, differentiate the loss with respect to the log-probabilities, and
-        carry that gradient through the policy, a micro-batch at a time."""
-        with torch.no_grad():
-            found = [self._score(batch, rows) for rows in micro_batches]
-        scored = ScoredRows(
-            {row: logprobs for part in found for row, logprobs in part.logprobs.items()},
-            {row: values for part in found for row, values in part.log_collisions.items()},
-        )
-        learned = [row for row in scored.logprobs if batch.completions[row].learn]
-        leaves = [scored.logprobs[row].requires_grad_() for row in learned]
-        output = self._loss(batch, scored, batch.examples)
-        if leaves:
-            mean = output.loss.sum() / len(batch.examples)
-            gradients = torch.autograd.grad(mean, leaves, materialize_grads=True)
-            gradient_of = dict(zip(learned, gradients, strict=True))
-            for rows in micro_batches:
-                own = [row for row in rows if row in gradient_of]
-                if own:
-                    logprobs = self._score(batch, rows).logprobs
-                    torch.autograd.backward(
-                        [logprobs[row] for row in own], [gradient_of[row] for row in own]
-                    )
-        return scored, output
-
-    def _score(self, batch: UpdateBatch, rows: Sequence[int]) -> ScoredRows:
-        """The policy's log-probabilities of these completions, differentiable where learned."""
-        items = [batch.completions[row] for row in rows]
-        padded = pad_rows(items)
-        arguments = (padded.ids_BT, padded.starts_B, padded.lengths_B)
-        collisions: list[Tensor] = []
-        if self._objective.needs.collisions:
-            logprobs, collisions = self._score_policy.with_collisions(*arguments)
-        else:
-            logprobs = self._score_policy(*arguments)
-        learned = [
-            row if item.learn else row.detach() for row, item in zip(logprobs, items, strict=True)
-        ]
-        return ScoredRows(
-            dict(zip(rows, learned, strict=True)), dict(zip(rows, collisions, strict=False))
-        )
-
-    def _loss(
-        self, batch: UpdateBatch, scored: ScoredRows, examples: Sequence[BatchExample]
-    ) -> ObjectiveOutput:
-        needs = self._objective.needs
-        mismatched = self._mismatched(batch.mismatched) if needs.mismatched else None
-        density_ratio = self._density_ratio(examples) if self._density_ratio else None
-        assembly = Assembly(batch, scored, needs, self.version)
-        return self._objective(assembly.record(examples, mismatched, density_ratio))
-
-    @torch.no_grad()
-    def _mismatched(self, items: tuple[BatchCompletion, ...]) -> tuple[Tensor, Tensor]:
-        """Policy and reference log-probabilities [M] of completions under others' prompts."""
-        assert self._reference is not None
-        batch = UpdateBatch(items, ())
-        policy, reference = (
-            [float(logprobs.sum(dtype=np.float64)) for logprobs in self._scores(scorer, batch)]
-            for scorer in (self._score_policy, self._reference.score)
-        )
-        return torch.tensor(policy), torch.tensor(reference)
-
-    def _scored(
-        self, batch: UpdateBatch, parts: Sequence[tuple[ScoredRows, ObjectiveOutput]]
-    ) -> Scored:
-        """What was scored and lost, as columns over the batch."""
-        items = batch.completions
-        logps = torch.full((len(items),), torch.nan)
-        for scored, _ in parts:
-            for row, logprobs in scored.logprobs.items():
-                logps[row] = logprobs.detach().sum()
-        reference = None
-        if self._objective.needs.reference:
-            reference = torch.stack([reference_logprobs(item).sum() for item in items])
-        log_weight = logps - behaviour_logps(items, logps, self.version)
-        outputs = [output for _, output in parts]
-        return Scored(
-            logps=logps.double().numpy(),
-            ref=None if reference is None else reference.double().numpy(),
-            log_weight=log_weight.double().numpy(),
-            loss=_column([output.loss for output in outputs]),
-            measures={
-                name: _column([output.measures[name] for output in outputs])
-                for name in outputs[0].measures
-            },
-        )
 
     def _step(self, rate: float) -> float:
         norm = torch.nn.utils.clip_grad_norm_(
@@ -307,8 +171,7 @@ class Learner:
                 "policy": self._policy.state_dict(),
                 "reference": self._reference and self._reference.state(),
                 "optimizer": self._optimizer.state_dict(),
-                "objective": self._objective.state(),
-                "density_ratio": self._density_ratio and self._density_ratio.state(),
+                "loss": self._loss.state(),
             },
             directory / "learner.pt",
         )
@@ -320,9 +183,7 @@ class Learner:
         if self._reference is not None:
             self._reference.load(state["reference"])
         self._optimizer.load_state_dict(state["optimizer"])
-        self._objective.load(state["objective"])
-        if self._density_ratio is not None:
-            self._density_ratio.load(state["density_ratio"])
+        self._loss.load(state["loss"])
         self.version = int(state["version"])
         return self.version
 
@@ -334,7 +195,3 @@ class Learner:
     def export(self, directory: Path) -> None:
         """Write the policy in Hugging Face format (weights and config, safetensors)."""
         self._policy.save_pretrained(directory)
-
-
-def _column(values: Sequence[Tensor]) -> DoubleArray:
-    return torch.cat([value.detach() for value in values]).double().numpy()

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from workers.learner.batching import micro_batches, pad_rows
+from workers.messages import FloatArray, UpdateBatch
 
 TOKENS, WORDS = 1024, 2000
 """Positions × vocabulary entries whose logits exist at one time.
@@ -162,6 +166,20 @@ class CompletionScorer:
         if self.plain:
             return torch.log_softmax(states_N, -1).gather(-1, targets_N[:, None]).squeeze(-1)
         return chunked_logprobs(states_N, self._head.weight, self._head.bias, targets_N)
+
+
+@torch.no_grad()
+def score_batch(
+    scorer: CompletionScorer, batch: UpdateBatch, tokens_per_micro_batch: int
+) -> list[FloatArray]:
+    """Log-probabilities of every completion of a batch, [tokens] each, in its micro-batches."""
+    scores: list[FloatArray] = [np.empty(0, np.float32)] * len(batch.completions)
+    for rows, _ in micro_batches(batch, tokens_per_micro_batch):
+        padded = pad_rows([batch.completions[row] for row in rows])
+        found = scorer(padded.ids_BT, padded.starts_B, padded.lengths_B)
+        for row, logprobs in zip(rows, found, strict=True):
+            scores[row] = logprobs.numpy()
+    return scores
 
 
 def _completion_positions(starts_B: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from workers.learner.objective_options import Interval
+from workers.interval import Interval
 from workers.tagged_union import TaggedUnion
 
 

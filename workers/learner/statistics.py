@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from workers.learner.objective_options import Options
+from workers.learner.pairwise_options import Options
 from workers.messages import (
     BatchExample,
     BatchLabel,

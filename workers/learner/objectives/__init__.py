@@ -1,6 +1,6 @@
 """Preference objectives: pure functions of per-sequence log-probabilities."""
 
-from workers.learner.objective_options import needs
+from workers.learner.needs import needs
 from workers.learner.objectives.build import NonFiniteLossError, Objective, build_objective
 from workers.learner.objectives.records import (
     ObjectiveOutput,

@@ -12,8 +12,16 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from judges.errors import UserError
-from workers.learner import objective_options as options_of
-from workers.learner.objective_options import Needs, ObjectiveOptions, Options
+from workers.learner.needs import Needs
+from workers.learner.objective_options import (
+    BcoOptions,
+    KtoOptions,
+    NashMdOptions,
+    ObjectiveOptions,
+    OwnOptions,
+    PdpoOptions,
+    PlackettLuceOptions,
+)
 from workers.learner.objectives import pairwise
 from workers.learner.objectives.pdpo import importance_weight, pdpo_surrogate, score_baseline
 from workers.learner.objectives.ranked import plackett_luce_loss
@@ -29,6 +37,7 @@ from workers.learner.objectives.records import (
 from workers.learner.objectives.running import RunningMean
 from workers.learner.objectives.sampled import nash_md_loss
 from workers.learner.objectives.unpaired import bco_loss, kto_kl, kto_loss
+from workers.learner.pairwise_options import ExoOptions, Options, OrpoOptions, PairwiseOptions
 
 
 class NonFiniteLossError(FloatingPointError):
@@ -68,20 +77,20 @@ def build_objective(options: Options | Mapping[str, Any]) -> Objective:
         adapter: TypeAdapter[Options] = TypeAdapter(ObjectiveOptions)
         options = adapter.validate_python(dict(options))
     match options:
-        case options_of.OwnOptions():
+        case OwnOptions():
             own = partial(_own, options.load(), options)
             return _Pure(options.name, options.needs, own)
-        case options_of.BcoOptions():
+        case BcoOptions():
             return _Bco(options)
-        case options_of.PdpoOptions():
+        case PdpoOptions():
             return _Pure(options.name, options.needs, partial(_pdpo, options))
-        case options_of.KtoOptions():
+        case KtoOptions():
             return _Pure(options.name, options.needs, partial(_kto, options))
-        case options_of.PlackettLuceOptions():
+        case PlackettLuceOptions():
             return _Pure(options.name, options.needs, partial(_plackett_luce, options))
-        case options_of.NashMdOptions():
+        case NashMdOptions():
             return _Pure(options.name, options.needs, partial(_nash_md, options))
-        case options_of.PairwiseOptions():
+        case PairwiseOptions():
             return _Pure(options.name, options.needs, partial(_pairwise, options))
     raise TypeError(f"{type(options).__name__}: not the options of an objective")
 
@@ -109,7 +118,7 @@ class _Pure:
 class _Bco:
     """BCO with δ, the running mean of every β-scaled log-ratio it was called with."""
 
-    def __init__(self, options: options_of.BcoOptions) -> None:
+    def __init__(self, options: BcoOptions) -> None:
         self.needs: Needs = options.needs
         self._beta = options.beta
         self._delta = RunningMean()
@@ -153,19 +162,19 @@ PAIR_LOSSES: Mapping[str, Callable[..., Tensor]] = {
 """The loss of a pair whose label is certain; its arguments are the objective's own options."""
 
 
-def _certain(options: options_of.PairwiseOptions) -> PairLoss:
-    shared = set(options_of.PairwiseOptions.model_fields)
+def _certain(options: PairwiseOptions) -> PairLoss:
+    shared = set(PairwiseOptions.model_fields)
     return partial(PAIR_LOSSES[options.name], **options.model_dump(exclude=shared))
 
 
-def _pairwise(options: options_of.PairwiseOptions, logps: PairLogps) -> ObjectiveOutput:
+def _pairwise(options: PairwiseOptions, logps: PairLogps) -> ObjectiveOutput:
     """The preference term under the trust in each label, then likelihood and weight."""
     trusted = _trusted(logps, options.label_smoothing)
-    if isinstance(options, options_of.ExoOptions):
+    if isinstance(options, ExoOptions):
         loss = pairwise.exo_loss(logps, options.beta, trusted)
     else:
         loss = _soft_label(_certain(options), logps, trusted)
-    nll_weight = options.nll_weight + isinstance(options, options_of.OrpoOptions)
+    nll_weight = options.nll_weight + isinstance(options, OrpoOptions)
     if nll_weight:
         loss = loss + nll_weight * pairwise.nll_loss(logps)
     if options.wpo:  # Eq. 2, arXiv:2406.11827
@@ -195,7 +204,7 @@ def _soft_label(certain: PairLoss, logps: PairLogps, trusted: Tensor) -> Tensor:
     return (trusted * loss).index_add(0, doubted, (1.0 - trusted[doubted]) * other)
 
 
-def _pdpo(options: options_of.PdpoOptions, logps: PairLogps) -> ObjectiveOutput:
+def _pdpo(options: PdpoOptions, logps: PairLogps) -> ObjectiveOutput:
     certain: PairLoss = partial(pairwise.dpo_loss, beta=options.beta)
     loss = _soft_label(certain, logps, _trusted(logps, 0.0))
     baseline = score_baseline(options.baseline, loss, logps.prompt_ids)
@@ -204,24 +213,22 @@ def _pdpo(options: options_of.PdpoOptions, logps: PairLogps) -> ObjectiveOutput:
     return ObjectiveOutput(surrogate, {"preference_loss": loss.detach(), "weight": weight})
 
 
-def _kto(options: options_of.KtoOptions, logps: UnpairedLogps) -> ObjectiveOutput:
+def _kto(options: KtoOptions, logps: UnpairedLogps) -> ObjectiveOutput:
     kl = kto_kl(logps)
     weights = (options.desirable_weight, options.undesirable_weight)
     loss = kto_loss(logps, options.beta, *weights, kl)
     return ObjectiveOutput(loss, {"kl": kl.expand_as(loss)})
 
 
-def _plackett_luce(options: options_of.PlackettLuceOptions, logps: RankedLogps) -> ObjectiveOutput:
+def _plackett_luce(options: PlackettLuceOptions, logps: RankedLogps) -> ObjectiveOutput:
     return ObjectiveOutput(plackett_luce_loss(logps, options.beta))
 
 
-def _nash_md(options: options_of.NashMdOptions, logps: SampledLogps) -> ObjectiveOutput:
+def _nash_md(options: NashMdOptions, logps: SampledLogps) -> ObjectiveOutput:
     return ObjectiveOutput(nash_md_loss(logps, options.beta))
 
 
-def _own(
-    function: Callable[..., Tensor], options: options_of.OwnOptions, logps: Logps
-) -> ObjectiveOutput:
+def _own(function: Callable[..., Tensor], options: OwnOptions, logps: Logps) -> ObjectiveOutput:
     loss = function(logps, **options.args)
     examples = _examples(logps).shape[:1]
     if not isinstance(loss, Tensor) or loss.shape != examples:
