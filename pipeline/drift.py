@@ -27,11 +27,14 @@ class Drift:
     """Measures rounds, and remembers where the reference's own samples lie.
 
     The band is the central 98 % of mean per-token reference log-probability (nats a token) over
-    the completions of round 0, whose policy is the reference: the first round seen with version 0.
+    the completions of a round whose policy is the reference: the first one of each reference.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, averaged: bool = False) -> None:
+        """``averaged``: past version 0 the reference is a mean of policies, none of which it is."""
+        self._averaged = averaged
         self._band: tuple[float, float] | None = None
+        self._reference_version: int | None = None
 
     def of(self, round_: Round) -> dict[str, Any]:
         """The measures of a round: float, int, None where undefined; ``dropped`` is by reason.
@@ -40,11 +43,15 @@ class Drift:
         ``dropped`` count labels where completions are labelled without a partner.
         ``off_reference_share`` is the share of completions outside the band, on either side: what
         the reference would hardly say, and what it would say but never so predictably. None where
-        the round has no reference log-probabilities or no band was ever taken.
+        the round has no reference log-probabilities or its reference never sampled a round.
         """
         completions = [c for c in round_.completions if not c.reference_share]
-        if self._band is None and round_.version == 0:
+        is_reference = round_.version == round_.reference_version
+        if self._averaged and round_.version > 0:
+            is_reference = False
+        if is_reference and round_.reference_version != self._reference_version:
             self._band = _central_band(completions)
+            self._reference_version = round_.reference_version
         scores = np.array([score for group in round_.groups for score in _own_scores(group)])
         valid_scores = scores[np.isfinite(scores)]
         fates = Counter([pair.fate for pair in round_.pairs] + [x.fate for x in round_.labels])
@@ -61,22 +68,29 @@ class Drift:
             "entropy": entropy(completions),
             "length_mean": length_mean(completions),
             "eos_rate": eos_rate(completions),
-            "off_reference_share": self._off_reference_share(completions),
+            "off_reference_share": self._off_reference_share(round_, completions),
             "repetition_rate": repetition_rate(completions),
         }
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, as JSON."""
-        return {"band": None if self._band is None else list(self._band)}
+        return {
+            "band": None if self._band is None else list(self._band),
+            "reference_version": self._reference_version,
+        }
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Take up what ``state`` gave."""
         band = state["band"]
         self._band = None if band is None else (float(band[0]), float(band[1]))
+        self._reference_version = state["reference_version"]
 
-    def _off_reference_share(self, completions: Sequence[Completion]) -> float | None:
+    def _off_reference_share(
+        self, round_: Round, completions: Sequence[Completion]
+    ) -> float | None:
         means = _mean_reference_logprobs(completions)
-        if self._band is None or means is None or not means.size:
+        of_this_reference = round_.reference_version == self._reference_version
+        if self._band is None or not of_this_reference or means is None or not means.size:
             return None
         low, high = self._band
         return float(np.mean((means < low) | (means > high)))

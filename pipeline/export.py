@@ -24,6 +24,7 @@ def export_pairs(run_dir: Path, out: Path) -> int:
 
     Columns: prompt, chosen, rejected (text; for chat the messages and one assistant message each,
     TRL's conversational form), prompt_ids, chosen_ids, rejected_ids (the tokens as sampled),
+    chosen_reference_share, rejected_reference_share (0 unless an opponent wrote it, as in XPO),
     label_prob (P(chosen is better)), round, version, position. Where a run mixes text and chat,
     text becomes a user message: a set has one form. A run that labelled completions one by one
     has prompt, completion, label (desirable), prompt_ids, completion_ids instead.
@@ -79,6 +80,8 @@ def _learned(round_: Round) -> Iterator[dict[str, Any]]:
                 "rejected": rejected.text,
                 "chosen_ids": chosen.ids.tolist(),
                 "rejected_ids": rejected.ids.tolist(),
+                "chosen_reference_share": chosen.reference_share,
+                "rejected_reference_share": rejected.reference_share,
                 "label_prob": pair.label_prob,
             }
         for label in group.labels:
@@ -111,6 +114,7 @@ def _schema(chat: bool, paired: bool) -> pa.Schema:
         {
             **dict.fromkeys(("prompt", *sides), content),
             **{f"{name}_ids": pa.list_(pa.int64()) for name in ("prompt", *sides)},
+            **{f"{side}_reference_share": pa.float64() for side in sides if paired},
             **({"label_prob": pa.float64()} if paired else {"label": pa.bool_()}),
             **dict.fromkeys(("round", "version", "position"), pa.int64()),
         }

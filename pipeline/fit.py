@@ -11,7 +11,7 @@ from workers.generator import SamplingOptions
 from workers.learner.needs import Needs
 from workers.learner.objective_options import PdpoOptions
 from workers.learner.options import ReferenceOptions, ReferenceSchedule
-from workers.learner.pairwise_options import Options
+from workers.learner.pairwise_options import Options, PairwiseOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,21 +40,27 @@ class Served:
                 f"sampling.prompts_per_update={prompts}: {self.objective.name} meets completions "
                 "with other prompts: it needs at least 2"
             )
-        if isinstance(self.objective, PdpoOptions):
-            self._check_pdpo(self.objective)
+        if needs.records == "sampled" or isinstance(self.objective, PdpoOptions):
+            self._check_expectation()
 
     def _check_pairing(self, needs: Needs) -> None:
         pairing, name = self.pairing, self.objective.name
-        if needs.records == "ranked":
-            if pairing.strategy != "ranking":
-                raise UserError(
-                    f"pairing.strategy={pairing.strategy}: {name} learns from whole rankings: set "
-                    "pairing.strategy to ranking"
-                )
-            if pairing.max_pairs is not None:
-                raise UserError("pairing.max_pairs: would tear rankings apart: set it to null")
-            if pairing.ties != "drop":
-                raise UserError("pairing.ties=keep: a ranking has no ties: set it to drop")
+        if needs.records == "ranked" and pairing.strategy != "ranking":
+            raise UserError(
+                f"pairing.strategy={pairing.strategy}: {name} learns from whole rankings: set "
+                "pairing.strategy to ranking"
+            )
+        if pairing.ties == "keep" and needs.records == "unpaired":
+            raise UserError(
+                f"pairing.ties=keep: {name} would call one side of a tie desirable, the other not: "
+                "set it to drop"
+            )
+        likelihood = isinstance(self.objective, PairwiseOptions) and self.objective.likelihood
+        if pairing.ties == "keep" and likelihood:
+            raise UserError(
+                f"pairing.ties=keep: {name} raises the likelihood of the chosen, and a tie has "
+                "none: set ties to drop, or objective.nll_weight to 0"
+            )
         if pairing.strategy == "threshold" and needs.records != "unpaired":
             raise UserError(
                 f"pairing.strategy=threshold: labels completions one by one, but {name} needs "
@@ -92,17 +98,28 @@ class Served:
                 "(resampling.updates_per_round), or use frozen"
             )
 
-    def _check_pdpo(self, pdpo: PdpoOptions) -> None:
-        n, sampling = self.sampling.completions_per_prompt, self.sampling
-        if n != 2 and self.pairing.strategy != "random":
+    def _check_expectation(self) -> None:
+        """For a loss in expectation over the policy's samples: none may be picked or left out."""
+        sampling, pairing, name = self.sampling, self.pairing, self.objective.name
+        n = sampling.completions_per_prompt
+        if n != 2 and pairing.strategy != "random":
             raise UserError(
-                f"sampling.completions_per_prompt={n}: pdpo takes an expectation over the policy's "
-                "pairs, so they must be drawn at random: use 2, or pairing.strategy: random"
+                f"sampling.completions_per_prompt={n}: {name} takes an expectation over the "
+                "policy's pairs, so they must be drawn at random: use 2, or strategy: random"
             )
-        reshaped = sampling.temperature != 1.0 or sampling.top_p < 1.0 or sampling.top_k is not None
-        if reshaped and pdpo.weights == "none":
+        if pairing.ties != "keep" or pairing.min_margin > 0 or sampling.truncated != "train":
             raise UserError(
-                f"objective.weights=none: with sampling.temperature={sampling.temperature:g}, "
-                "top_p or top_k the samples are not the policy's own: set weights to clipped, raw "
-                "or self_normalized, or sample at temperature 1 without truncation"
+                f"pairing.ties={pairing.ties}: {name} takes an expectation over all samples: set "
+                "pairing.ties to keep, min_margin to 0 and sampling.truncated to train, so that "
+                "none is left out"
+            )
+        weighted = isinstance(self.objective, PdpoOptions) and self.objective.weights != "none"
+        reshaped = sampling.temperature != 1.0 or sampling.top_p < 1.0 or sampling.top_k is not None
+        if reshaped and not weighted:
+            remedy = "sample at temperature 1 without truncation"
+            if isinstance(self.objective, PdpoOptions):
+                remedy += ", or set objective.weights to clipped, raw or self_normalized"
+            raise UserError(
+                f"sampling.temperature={sampling.temperature:g}, top_p={sampling.top_p:g}: so "
+                f"reshaped, samples are not the policy's own, as {name} takes them to be: {remedy}"
             )

@@ -35,6 +35,7 @@ from pipeline.stopping import Stop, Stopped
 from pipeline.sync import PROBE_PROMPT_TOKENS, WeightSync
 from pipeline.tracking import Tracker, metrics
 from workers.learner.objective_options import BcoOptions
+from workers.learner.options import is_averaged
 from workers.messages import IntArray, Prompt
 from workers.models.resolve import resolve_encoder, resolve_model
 
@@ -105,6 +106,8 @@ def evaluate(cfg: Config) -> RunResult:
         learner.adopt(cfg.policy.model_copy(update={"model": str(policy)}), cfg.run.updates)
         sync.push(learner)
         records = evaluator.evaluate(learner, sync)
+    if cfg.reference.update != "frozen":  # this learner's is the starting model, not the run's last
+        records = [record | {"kl_to_reference": None} for record in records]
     return RunResult(cfg.run_dir, records, evaluator.samples(cfg.run.updates, SAMPLES_SHOWN))
 
 
@@ -129,7 +132,7 @@ def _run(
         for note in learner.notes():
             progress.say(note)
 
-        drift = Drift()
+        drift = Drift(averaged=is_averaged(cfg.reference))
         tracker = Tracker(cfg.run_dir, cfg.tracking, [progress])
         stack.callback(tracker.close)
         checkpoints = checkpoints_of(cfg)

@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from judges.errors import UserError
 from judges.interface import Outcome, Verdict
-from judges.plugins import (
-    FORM,
-    args_key,
-    is_plugin,
-    load_plugin,
-    nearest,
-    open_parameters,
-    required,
-)
+from pipeline.pairing_rules import build_rule, unpairable
 from workers.messages import Completion, Fate, Judgement, Label, Pair, Prompt
 from workers.seeds import derive_seed
-
-Scores: TypeAlias = list[float | None]
-Proposals: TypeAlias = list[tuple[int, int]]
-Rule: TypeAlias = Callable[[Scores, np.random.Generator], Proposals]
-"""From the n scores of a prompt (None: INVALID) to the index pairs to contrast."""
 
 
 class PairingOptions(BaseModel):
@@ -54,7 +38,9 @@ class PairingOptions(BaseModel):
         description="Most pairs learned from a prompt, drawn at random; null = all",
     )
     ties: Literal["drop", "keep"] = Field(
-        default="drop", description="What becomes of a tie; keep learns from it as P = 0.5"
+        default="drop",
+        description="What becomes of a tie, of a pair nearer than min_margin and of two identical "
+        "completions; keep learns from them as P = 0.5",
     )
     threshold: float | None = Field(
         default=None,
@@ -69,6 +55,9 @@ class PairingOptions(BaseModel):
     def _threshold_with_its_strategy(self) -> PairingOptions:
         if (self.threshold is not None) != (self.strategy == "threshold"):
             raise ValueError("threshold: a number with strategy: threshold, and only with it")
+        plain = (self.ties, self.max_pairs) == ("drop", None)
+        if self.strategy in ("ranking", "threshold") and not plain:
+            raise ValueError(f"strategy: {self.strategy} takes neither ties nor max_pairs")
         return self
 
 
@@ -86,8 +75,9 @@ class Pairing:
         drop_truncated: bool,
         run_seed: int,
     ) -> None:
-        self._rule = _build_rule(options.strategy, options.args)
+        self._rule = build_rule(options.strategy, options.args)
         self._min_margin = options.min_margin
+        self._ranks = options.strategy == "ranking"
         self._max_pairs = options.max_pairs
         self._threshold = options.threshold
         self._keep_ties = options.ties == "keep"
@@ -107,6 +97,8 @@ class Pairing:
         """
         rng = np.random.default_rng(derive_seed(self._run_seed, "pairing", prompt.position))
         scores = [None if math.isnan(s) else s for s in judgement.scores.tolist()]
+        if self._ranks:
+            return self._ranking(completions, judgement)
         proposals = self._rule(scores, rng)
         pairs = [self._pair(completions, judgement, i, j) for i, j in proposals]
         learned = [index for index, pair in enumerate(pairs) if pair.fate is Fate.LEARN]
@@ -114,6 +106,44 @@ class Pairing:
             kept = rng.choice(learned, size=self._max_pairs, replace=False).tolist()
             pairs = [p for i, p in enumerate(pairs) if p.fate is not Fate.LEARN or i in kept]
         return tuple(pairs)
+
+    def _ranking(self, completions: Sequence[Completion], judgement: Judgement) -> tuple[Pair, ...]:
+        """A chain of pairs from the best score down, each completion against the next lower one.
+
+        Where the judge compares, scores are mean win probabilities. A completion that cannot take
+        its place (truncated and dropped, equal to the one before it or nearer than ``min_margin``)
+        is left out, and a pair with the one before it says why; so the chain has no gaps.
+        """
+        scores: list[float] = judgement.scores.tolist()
+        valid = [index for index, score in enumerate(scores) if not math.isnan(score)]
+        links: list[Pair] = []
+        left: list[Pair] = []
+        last: int | None = None
+        unplaced: list[int] = []
+        for index in sorted(valid, key=lambda index: (-scores[index], index)):
+            if last is None:
+                if self._drop_truncated and not completions[index].finished:
+                    unplaced.append(index)
+                else:
+                    last = index
+                continue
+            verdict = self._link(scores[last], scores[index])
+            margin = scores[last] - scores[index]
+            fate = self._fate(completions[last], completions[index], verdict, margin)
+            pair = Pair(judgement.position, last, index, verdict.first_better, fate)
+            if fate is Fate.LEARN:
+                links.append(pair)
+                last = index
+            else:
+                left.append(pair)
+        first = links[0].chosen if links else last
+        if first is None:
+            proposals = unpairable([None if math.isnan(s) else s for s in scores])
+            return tuple(self._pair(completions, judgement, i, j) for i, j in proposals)
+        invalid = [index for index in range(len(scores)) if index not in valid]
+        left += [Pair(judgement.position, i, first, 1.0, Fate.TRUNCATED) for i in unplaced]
+        left += [Pair(judgement.position, first, i, math.nan, Fate.INVALID) for i in invalid]
+        return (*links, *left)
 
     def labels(
         self, prompt: Prompt, completions: Sequence[Completion], judgement: Judgement
@@ -155,6 +185,8 @@ class Pairing:
         else:
             verdict, margin = Verdict.from_probability(better), 2.0 * better - 1.0
         fate = self._fate(completions[first], completions[second], verdict, margin)
+        if self._keep_ties and fate in (Fate.TIE, Fate.IDENTICAL, Fate.MARGIN):
+            return Pair(judgement.position, first, second, 0.5, Fate.LEARN)
         return Pair(judgement.position, first, second, verdict.first_better, fate)
 
     def _fate(
@@ -167,7 +199,7 @@ class Pairing:
         if self._drop_truncated and not (chosen.finished and rejected.finished):
             return Fate.TRUNCATED
         if verdict.outcome is Outcome.TIE:
-            return Fate.LEARN if self._keep_ties else Fate.TIE
+            return Fate.TIE
         return Fate.MARGIN if margin < self._min_margin else Fate.LEARN
 
 
@@ -181,114 +213,3 @@ def hard_link(first: float, second: float) -> Verdict:
 
 
 LINKS: Mapping[str, Callable[[float, float], Verdict]] = {"hard": hard_link}
-
-
-def best_worst(scores: Scores, _rng: np.random.Generator) -> Proposals:
-    """The highest against the lowest valid score; of equals, the lowest index."""
-    valid = _valid(scores)
-    if len(valid) < 2:
-        return _unpairable(scores)
-    best = max(valid, key=valid.__getitem__)
-    worst = min(valid.keys() - {best}, key=lambda index: (valid[index], index))
-    return [(best, worst)]
-
-
-def best_random(scores: Scores, rng: np.random.Generator) -> Proposals:
-    """The highest valid score (of equals, the lowest index) against any other valid one."""
-    valid = _valid(scores)
-    if len(valid) < 2:
-        return _unpairable(scores)
-    best = max(valid, key=valid.__getitem__)
-    return [(best, int(rng.choice([index for index in valid if index != best])))]
-
-
-def random_pair(scores: Scores, rng: np.random.Generator) -> Proposals:
-    """Two completions whatever their scores: what an unbiased estimate of E over pairs needs."""
-    if len(scores) < 2:
-        return []
-    first, second = rng.choice(len(scores), size=2, replace=False).tolist()
-    return [(first, second)]
-
-
-def all_pairs(scores: Scores, _rng: np.random.Generator) -> Proposals:
-    """Every completion against every other, once."""
-    return list(itertools.combinations(range(len(scores)), 2))
-
-
-def ranking(scores: Scores, _rng: np.random.Generator) -> Proposals:
-    """Each valid score against the next lower one, from the best: a chain.
-
-    Of equals the lowest index stands in the chain; the others are ties with it.
-    """
-    valid = _valid(scores)
-    if len(valid) < 2:
-        return _unpairable(scores)
-    first_of: dict[float, int] = {}
-    for index in sorted(valid, key=lambda index: (-valid[index], index)):
-        first_of.setdefault(valid[index], index)
-    chain = list(first_of.values())
-    ties = [(first_of[s], index) for index, s in valid.items() if first_of[s] != index]
-    invalid = [(chain[0], index) for index in range(len(scores)) if index not in valid]
-    return [*itertools.pairwise(chain), *ties, *invalid]
-
-
-def no_pairs(_scores: Scores, _rng: np.random.Generator) -> Proposals:
-    """Completions are labelled one by one."""
-    return []
-
-
-STRATEGIES: Mapping[str, Rule] = {
-    "best_worst": best_worst,
-    "best_random": best_random,
-    "random": random_pair,
-    "all": all_pairs,
-    "ranking": ranking,
-    "threshold": no_pairs,
-}
-
-
-def _valid(scores: Scores) -> dict[int, float]:
-    return {index: score for index, score in enumerate(scores) if score is not None}
-
-
-def _unpairable(scores: Scores) -> Proposals:
-    """One pair with an INVALID completion, so that the prompt's failure is counted."""
-    by_validity = sorted(range(len(scores)), key=lambda index: scores[index] is None)
-    return [(by_validity[0], by_validity[1])] if len(scores) >= 2 else []
-
-
-def _build_rule(strategy: str, args: Mapping[str, Any]) -> Rule:
-    key = "pairing.strategy"
-    if not is_plugin(strategy):
-        if strategy not in STRATEGIES:
-            raise UserError(
-                f"{key}={strategy}: no such strategy{nearest(strategy, STRATEGIES)}: "
-                f"write {', '.join(STRATEGIES)}, {FORM}"
-            )
-        for arg in args:
-            raise UserError(f"{args_key(key)}.{arg}: {strategy} takes no arguments: leave it out")
-        return STRATEGIES[strategy]
-    function = load_plugin(strategy, key=key)
-    open_, _ = open_parameters(function, args, key=key, spec=strategy)
-    if missing := required(open_)[1:]:
-        raise UserError(f"{args_key(key)}: {strategy} needs {', '.join(missing)}: give it there")
-
-    def rule(scores: Scores, _rng: np.random.Generator) -> Proposals:
-        return _read_proposals(function(list(scores), **args), len(scores), f"{key}={strategy}")
-
-    return rule
-
-
-def _read_proposals(returned: Any, n: int, where: str) -> Proposals:
-    """Raises UserError unless these are pairs of different indices below n."""
-    expected = f"return a list of pairs of different indices from 0 to {n - 1}"
-    try:
-        proposals = [(operator.index(i), operator.index(j)) for i, j in returned]
-    except (TypeError, ValueError) as error:
-        raise UserError(
-            f"{where}: returned {returned!r} for {n} completions: {expected}"
-        ) from error
-    for i, j in proposals:
-        if i == j or not (0 <= i < n and 0 <= j < n):
-            raise UserError(f"{where}: proposed ({i}, {j}) for {n} completions: {expected}")
-    return proposals

@@ -109,13 +109,16 @@ def start_of(cfg: Config) -> str:
     return str(resolve_model(cfg.policy.model))
 
 
-def losses(cfg: Config, updates: int | None = None) -> list[float | None]:
-    """The mean loss of each update, None where nothing was left to learn from."""
+def losses(cfg: Config, updates: Sequence[int] | None = None) -> list[float | None]:
+    """The mean loss of each of these updates, None where nothing was left to learn from.
+
+    BCO's δ remembers: of it, the first updates.
+    """
     run = Run(cfg)
     found: list[float | None] = []
     seen: list[float] = []  # every β-scaled log-ratio so far, for BCO
     per_round = min(cfg.resampling.updates_per_round, cfg.run.updates)
-    for update in range(cfg.run.updates if updates is None else updates):
+    for update in range(cfg.run.updates) if updates is None else updates:
         index, within = divmod(update, int(per_round))
         completions, reference = run.completions(index), run.reference(index)
         positions = sorted({position for position, _ in completions})
@@ -209,7 +212,9 @@ def pdpo(u: Update) -> list[float]:
         (u.scored[p["position"], p["chosen"]], u.scored[p["position"], p["rejected"]])
         for p in u.pairs
     ]
-    part = [sp(-o.beta * (w.ratio - r.ratio)) for w, r in sides]
+    margins = [o.beta * (w.ratio - r.ratio) for w, r in sides]
+    right = [pair["label_prob"] for pair in u.pairs]
+    part = [p * sp(-m) + (1 - p) * sp(m) for p, m in zip(right, margins, strict=True)]
     weights = [math.exp(w.logp + r.logp - w.behaviour - r.behaviour) for w, r in sides]
     weights = {
         "none": [1.0] * len(sides),

@@ -47,6 +47,7 @@ def round_of(
     version: int = 0,
     scores: Sequence[float] | None = None,
     fates: Sequence[Fate] = (),
+    reference_version: int | None = 0,
 ) -> Round:
     """A round of one prompt."""
     given = [0.0] * len(completions) if scores is None else scores
@@ -54,7 +55,7 @@ def round_of(
     pairs = tuple(Pair(0, 0, 1, 1.0, fate) for fate in fates)
     prompt = Prompt(0, np.array([1], dtype=np.int64), "")
     group = PromptGroup(prompt, tuple(completions), judgement, pairs)
-    return Round(0, version, (group,), "judge", {})
+    return Round(0, version, (group,), "judge", {}, reference_version=reference_version)
 
 
 def spoken_by_reference(*means: float) -> list[Completion]:
@@ -134,7 +135,7 @@ BAND = [-99 / 8, -1 / 8]
 def test_band_is_the_central_98_percent_of_round_0() -> None:
     drift = Drift()
     share = drift.of(round_of(REFERENCE_SAMPLES))["off_reference_share"]
-    assert drift.state() == {"band": BAND}
+    assert drift.state() == {"band": BAND, "reference_version": 0}
     assert share == pytest.approx(2 / 101)
 
 
@@ -154,7 +155,7 @@ def test_band_is_taken_once() -> None:
     drift = Drift()
     drift.of(round_of(REFERENCE_SAMPLES))
     drift.of(round_of(spoken_by_reference(-50.0, -51.0)))  # a second round in flight at version 0
-    assert drift.state() == {"band": BAND}
+    assert drift.state() == {"band": BAND, "reference_version": 0}
 
 
 def test_band_survives_a_checkpoint() -> None:
@@ -169,10 +170,11 @@ def test_band_survives_a_checkpoint() -> None:
 def test_without_a_band_there_is_no_share() -> None:
     drift = Drift()
     assert drift.of(round_of(REFERENCE_SAMPLES, version=1))["off_reference_share"] is None
-    assert drift.of(round_of([completion([-1.0])]))["off_reference_share"] is None
-    assert drift.state() == {"band": None}
-    drift.load({"band": None})
-    assert drift.state() == {"band": None}
+    unscored = round_of([completion([-1.0])], reference_version=None)
+    assert drift.of(unscored)["off_reference_share"] is None
+    assert drift.state() == {"band": None, "reference_version": None}
+    drift.load({"band": None, "reference_version": None})
+    assert drift.state() == {"band": None, "reference_version": None}
 
 
 def test_a_round_without_its_reference_has_no_share_even_with_a_band() -> None:

@@ -80,6 +80,8 @@ def test_text(tmp_path: Path, suffix: str) -> None:
         "prompt_ids": [1, 0],
         "chosen_ids": [0, 2, 2],
         "rejected_ids": [0, 0, 2],
+        "chosen_reference_share": 0.0,
+        "rejected_reference_share": 0.0,
         "label_prob": 0.75,
         "round": 0,
         "version": 0,

@@ -22,6 +22,7 @@ from workers.learner.density_ratio import DensityRatio
 
 FOUR = {"prompts_per_update": 4, "max_new_tokens": 8, "completions_per_prompt": 4}
 TWO_A_ROUND = {"updates_per_round": 2}
+KEPT = {"ties": "keep"}
 RUNS: dict[str, dict[str, Any]] = {
     "robust": {"objective": {"name": "robust_dpo", "flip_probability": 0.2}},
     "cdpo": {"objective": {"label_smoothing": 0.1, "nll_weight": 0.5}, "resampling": TWO_A_ROUND},
@@ -42,8 +43,8 @@ RUNS: dict[str, dict[str, Any]] = {
         "sampling": FOUR,
     },
     "xpo": {"objective": {"name": "xpo", "alpha": 0.01}},
-    "nash-md": {"objective": {"name": "nash_md", "mixture": 0.25}, "pairing": {"ties": "keep"}},
-    "pdpo": {"objective": {"name": "pdpo", "score_weight": 0.5}},
+    "nash-md": {"objective": {"name": "nash_md", "mixture": 0.25}, "pairing": KEPT},
+    "pdpo": {"objective": {"name": "pdpo", "score_weight": 0.5}, "pairing": KEPT},
     "pdpo, stale": {
         "objective": {
             "name": "pdpo",
@@ -51,10 +52,12 @@ RUNS: dict[str, dict[str, Any]] = {
             "weights": "self_normalized",
             "score_weight": 1.0,
         },
+        "pairing": KEPT,
         "resampling": {"updates_per_round": 3},
     },
     "pdpo, tempered": {
         "objective": {"name": "pdpo", "weights": "clipped"},
+        "pairing": KEPT,
         "sampling": {"prompts_per_update": 4, "max_new_tokens": 8, "temperature": 0.8},
         "resampling": TWO_A_ROUND,
     },
@@ -255,7 +258,7 @@ def test_undesirable_completions_are_weighed_by_their_prompts(
     assert len({round(w, 3) for w in weights.tolist()}) > 5
     assert 0.5 <= float(weights.min()) < 0.9
     assert float(weights.max()) > 1.1
-    expected = recomputation.losses(cfg, updates=1)[0]
+    expected = recomputation.losses(cfg, [0])[0]
     labels = pq.read_table(cfg.run_dir / "ledger/round-000000.parquet").to_pylist()
     learned = [row for row in labels if row["fate"] == "learn"]
     # At step 0 every log-ratio is 0: each loss is ln 2, times its weight where undesirable.
@@ -345,19 +348,29 @@ def test_an_objective_of_ones_own_without_a_reference_on_labels(
 
 MISFITS = [
     ({"objective": {"name": "plackett_luce"}}, "set pairing.strategy to ranking"),
+    ({"objective": {"name": "kto"}, "pairing": KEPT}, "one side of a tie desirable"),
+    ({"objective": {"nll_weight": 1.0}, "pairing": KEPT}, "a tie has none"),
+    ({"objective": {"name": "orpo"}, "pairing": KEPT}, "a tie has none"),
+    ({"objective": {"name": "nash_md"}}, "set pairing.ties to keep"),
+    ({"objective": {"name": "pdpo"}}, "set pairing.ties to keep"),
     (
-        {
-            "objective": {"name": "plackett_luce"},
-            "pairing": {"strategy": "ranking", "ties": "keep"},
-        },
-        "a ranking has no ties",
+        {"objective": {"name": "pdpo"}, "pairing": KEPT | {"min_margin": 0.1}},
+        "min_margin to 0",
+    ),
+    (
+        {"objective": {"name": "nash_md"}, "pairing": KEPT, "sampling": {"truncated": "mask"}},
+        "sampling.truncated to train",
+    ),
+    (
+        {"objective": {"name": "nash_md"}, "pairing": KEPT, "sampling": {"temperature": 0.5}},
+        "not the policy's own",
     ),
     ({"pairing": {"strategy": "threshold", "threshold": 0}}, "dpo needs pairs"),
     ({"pairing": {"strategy": "threshold"}}, "threshold: a number"),
     ({"pairing": {"threshold": 1}}, "threshold: a number"),
     ({"objective": {"name": "xpo"}, "sampling": FOUR}, "it needs 2"),
     (
-        {"objective": {"name": "nash_md"}, "reference": {"update": {"ema": 0.9}}},
+        {"objective": {"name": "xpo"}, "reference": {"update": {"ema": 0.9}}},
         "it must be frozen",
     ),
     ({"objective": {"name": "simpo"}, "reference": {"update": {"ema": 0.9}}}, "no reference"),
@@ -370,7 +383,10 @@ MISFITS = [
         "the reference would never move",
     ),
     ({"objective": {"name": "pdpo"}, "sampling": FOUR}, "drawn at random"),
-    ({"objective": {"name": "pdpo"}, "sampling": {"top_p": 0.9}}, "not the policy's own"),
+    (
+        {"objective": {"name": "pdpo"}, "pairing": KEPT, "sampling": {"top_p": 0.9}},
+        "not the policy's own",
+    ),
     (
         {"objective": {"name": "kto"}, "sampling": {"prompts_per_update": 1}},
         "it needs at least 2",
@@ -398,3 +414,77 @@ def test_what_an_objective_of_ones_own_needs_must_fit(tiny_model: Path, tmp_path
     with pytest.raises(UserError, match="learns from whole rankings"):
         job.run(cfg, quiet=True)
     assert not cfg.run_dir.exists()
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("    return -logps.margin.detach()\n", "its loss does not depend on the policy"),
+        ("    return logps.nothing\n", "mine.py:2: AttributeError"),
+        ("    return logps.margin.sum()\n", "return one loss a pair"),
+    ],
+)
+def test_a_bad_objective_of_ones_own_is_one_line(
+    tiny_model: Path, tmp_path: Path, source: str, said: str
+) -> None:
+    (tmp_path / "mine.py").write_text("def f(logps):\n" + source)
+    cfg = tiny.config(tiny_model, tmp_path, objective={"name": f"{tmp_path}/mine.py:f"})
+    with pytest.raises(UserError) as mistake:
+        job.run(cfg, quiet=True)
+    assert said in str(mistake.value)
+    assert "\n" not in str(mistake.value)
+
+
+@pytest.mark.parametrize("asked", ["'nonsense'", "'pairs', mismatched=True"])
+def test_needs_that_nobody_can_meet(tiny_model: Path, tmp_path: Path, asked: str) -> None:
+    (tmp_path / "mine.py").write_text(
+        f"from workers.learner.objectives import needs\n@needs({asked})\ndef f(logps):\n    pass\n"
+    )
+    cfg = tiny.config(tiny_model, tmp_path, objective={"name": f"{tmp_path}/mine.py:f"})
+    with pytest.raises(UserError, match=r"@needs\("):
+        job.run(cfg, quiet=True)
+    assert not cfg.run_dir.exists()
+
+
+def test_fresh_pairs_have_weight_one_whoever_the_opponent(tiny_model: Path, tmp_path: Path) -> None:
+    cfg = config(tiny_model, tmp_path, RUNS["xpo"])
+    job.run(cfg, quiet=True)
+    records = [r for r in tiny.records(cfg.run_dir) if r["kind"] == "update" and r["pairs"]]
+    assert [(r["ess"], r["ess_per_token"]) for r in records] == [(1.0, 1.0)] * len(records)
+
+
+def test_a_pulled_policy_learns_from_every_prompt(tiny_model: Path, tmp_path: Path) -> None:
+    """Nash-MD's pull to the reference is in ties and identical completions, too."""
+    cfg = config(tiny_model, tmp_path, RUNS["nash-md"])
+    (tmp_path / "judge.py").write_text(
+        "def score(prompts, completions, **columns):\n    return [1.0] * len(completions)\n"
+    )
+    job.run(cfg, quiet=True)
+    records = [r for r in tiny.records(cfg.run_dir) if r["kind"] == "update"]
+    assert [r["pairs"] for r in records] == [4] * 6
+    assert all(abs(r["loss"]) < 1e-6 for r in records)  # at the reference nothing pulls
+
+
+def test_evaluating_again_does_not_mistake_the_reference(tiny_model: Path, tmp_path: Path) -> None:
+    prompts = {"path": str(tmp_path / "prompts.jsonl")}
+    held_out = {"every": 3, "count": 5, "prompts": prompts}
+    cfg = tiny.config(
+        tiny_model, tmp_path, evaluation=held_out, reference={"update": {"every_rounds": 1}}
+    )
+    job.run(cfg, quiet=True)
+    (again,) = job.evaluate(cfg).evaluations
+    last = [r for r in tiny.records(cfg.run_dir) if r["kind"] == "evaluation"][-1]
+    assert (again["quality"], again["kl_to_reference"]) == (last["quality"], None)
+
+
+def test_the_band_is_that_of_each_reference(tiny_model: Path, tmp_path: Path) -> None:
+    """A reset reference sampled its own round; an average of policies never sampled any."""
+    shares = {}
+    for name, update in (("reset", {"every_rounds": 2}), ("average", {"ema": 0.5})):
+        cfg = tiny.config(tiny_model, tmp_path / name, reference={"update": update})
+        job.run(cfg, quiet=True)
+        rounds = [r for r in tiny.records(cfg.run_dir) if r["kind"] == "round"]
+        shares[name] = [r["off_reference_share"] for r in rounds]
+    assert None not in shares["reset"]
+    assert shares["average"][0] is not None
+    assert shares["average"][1:] == [None] * 5

@@ -387,9 +387,44 @@ def test_a_ranking_is_a_chain_from_the_best():
     found = pairs_of([0.5, 2.0, 1.0, 2.0, NAN, -3.0], strategy="ranking")
     # 1 and 3 are equal: the lower index stands in the chain 1 > 2 > 0 > 5.
     assert links(found, Fate.LEARN) == [(1, 2), (2, 0), (0, 5)]
-    assert [{p.chosen, p.rejected} for p in found if p.fate is Fate.TIE] == [{1, 3}]
-    assert [{p.chosen, p.rejected} for p in found if p.fate is Fate.INVALID] == [{1, 4}]
+    assert links(found, Fate.TIE) == [(1, 3)]
+    assert links(found, Fate.INVALID) == [(1, 4)]
+    assert [pair.label_prob for pair in found[:4]] == [1.0, 1.0, 1.0, 0.5]
     assert links(pairs_of([1.0, 0.0], strategy="ranking"), Fate.LEARN) == [(0, 1)]
+    (pair,) = pairs_of([NAN, NAN], strategy="ranking")
+    assert pair.fate is Fate.INVALID
+
+
+def test_a_ranking_has_no_gaps():
+    scores = [4.0, 3.0, 2.9, 2.0, 1.0, 0.0]
+    found = pairs_of(
+        scores,
+        strategy="ranking",
+        min_margin=0.5,
+        finished=[False, True, True, True, False, True],
+        ids=[[0], [1], [2], [3], [4], [3]],
+        drop_truncated=True,
+    )
+    # 0 and 4 are truncated, 2 is too near to 1, 5 says what 3 says.
+    assert links(found, Fate.LEARN) == [(1, 3)]
+    assert links(found, Fate.MARGIN) == [(1, 2)]
+    assert sorted(links(found, Fate.TRUNCATED)) == [(0, 1), (3, 4)]
+    assert links(found, Fate.IDENTICAL) == [(3, 5)]
+
+
+def test_a_ranking_of_a_comparing_judge_is_by_mean_wins():
+    # 0 wins most on average, though 1 beats it.
+    wins = [[0.5, 0.4, 1.0], [0.6, 0.5, 0.6], [0.0, 0.4, 0.5]]
+    found = pairs_of(wins=wins, strategy="ranking")
+    assert links(found, Fate.LEARN) == [(0, 1), (1, 2)]
+
+
+@pytest.mark.parametrize("strategy", [{"strategy": "ranking"}, {"strategy": "threshold"}])
+@pytest.mark.parametrize("other", [{"ties": "keep"}, {"max_pairs": 2}])
+def test_rankings_and_labels_take_neither_ties_nor_a_limit(strategy, other):
+    threshold = {"threshold": 0.5} if strategy["strategy"] == "threshold" else {}
+    with pytest.raises(ValidationError, match="takes neither ties nor max_pairs"):
+        PairingOptions(**strategy, **other, **threshold)
 
 
 def test_ties_may_be_kept_as_even_chances():
@@ -397,6 +432,12 @@ def test_ties_may_be_kept_as_even_chances():
     assert (pair.fate, pair.label_prob) == (Fate.LEARN, 0.5)
     (pair,) = pairs_of(wins=[[0.5, 0.5], [0.5, 0.5]], ties="keep", min_margin=0.3)
     assert (pair.fate, pair.label_prob) == (Fate.LEARN, 0.5)
+    (pair,) = pairs_of([1.0, 0.9], ties="keep", min_margin=0.3)
+    assert (pair.fate, pair.label_prob) == (Fate.LEARN, 0.5)
+    (pair,) = pairs_of([1.0, 0.0], ties="keep", ids=[[4], [4]])
+    assert (pair.fate, pair.label_prob) == (Fate.LEARN, 0.5)
+    (pair,) = pairs_of([1.0, 0.0], ties="keep", finished=[True, False], drop_truncated=True)
+    assert pair.fate is Fate.TRUNCATED
     (pair,) = pairs_of([NAN, NAN], ties="keep")
     assert pair.fate is Fate.INVALID
 

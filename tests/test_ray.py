@@ -100,6 +100,18 @@ def test_a_workers_error_arrives_as_itself(tiny_model: Path, tmp_path: Path) -> 
         job.run(on_ray(cfg, tmp_path / "second"), quiet=True)
 
 
+def test_a_judge_that_cannot_be_built_says_why(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "built.py").write_text(
+        "class Judge:\n"
+        "    def __init__(self):\n        raise LookupError('no weights at /x')\n"
+        "    def __call__(self, completions):\n        return [0.0] * len(completions)\n"
+    )
+    cfg = tiny.config(tiny_model, tmp_path, judge={"name": f"{tmp_path}/built.py:Judge"})
+    with pytest.raises(Exception, match="no weights at /x"):
+        job.run(on_ray(cfg, tmp_path / "run"), quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_dead_worker_is_named_and_the_run_goes_on_later(tiny_model: Path, tmp_path: Path) -> None:
     judge = tmp_path / "judge.py"
     cfg = tiny.config(tiny_model, tmp_path)

@@ -22,16 +22,18 @@ class _Actor:
     """Hosts one worker and calls its methods by name."""
 
     def __init__(self, plan: WorkerPlan) -> None:
-        from workers.threads import apply_threads
-
-        apply_threads(plan.threads)
-        self._worker = plan.build()
+        self._plan = plan
+        self._worker: Any = None
 
     def call(self, method: str, *args: Any) -> Any:
         return getattr(self._worker, method)(*args)
 
-    def ready(self) -> None:
-        """Answered once the worker is built."""
+    def build(self) -> None:
+        """Build the worker: not in the constructor, whose errors Ray tells nobody."""
+        from workers.threads import apply_threads
+
+        apply_threads(self._plan.threads)
+        self._worker = self._plan.build()
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +89,7 @@ def ray_crew(plan: CrewPlan) -> Iterator[Crew]:
     try:
         actors = {worker.name: _start(worker) for worker in plan.workers}
         for name, actor in actors.items():
-            _RayFuture(name, actor.ready.remote()).result()
+            _RayFuture(name, actor.build.remote()).result()
         handles = {name: RayHandle(name, actor) for name, actor in actors.items()}
         yield Crew(
             generators=tuple(handles[worker.name] for worker in plan.generators),

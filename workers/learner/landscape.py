@@ -17,7 +17,7 @@ from torch import Tensor
 
 from judges.errors import UserError
 from workers.learner.needs import Needs
-from workers.learner.objective_options import BcoOptions, KtoOptions, OwnOptions
+from workers.learner.objective_options import BcoOptions, KtoOptions
 from workers.learner.objectives import (
     NonFiniteLossError,
     Objective,
@@ -162,13 +162,6 @@ def _losses(objective: Objective, options: Options, chosen: Tensor, rejected: Te
         return torch.stack([losses[0] for losses in updates])
     except NonFiniteLossError as error:
         raise UserError(str(error)) from error
-    except UserError:
-        raise
-    except Exception as error:
-        if not isinstance(options, OwnOptions):
-            raise
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"objective.name={options.name}: it failed: {reason}: mend it") from error
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from judges.errors import UserError
 from workers.learner.assembly import Assembly, ScoredRows, behaviour_logps, reference_logprobs
 from workers.learner.batching import micro_batches, pad_rows
 from workers.learner.density_ratio import DensityRatio
@@ -37,6 +38,7 @@ class BatchLoss:
         reference: Reference | None,
         tokens_per_micro_batch: int,
     ) -> None:
+        self._name = options.name
         self._objective = build_objective(options)
         self._score_policy = score_policy
         self._reference = reference
@@ -147,7 +149,14 @@ class BatchLoss:
         mismatched = self._mismatched(batch.mismatched) if needs.mismatched else None
         density_ratio = self._density_ratio(examples) if self._density_ratio else None
         assembly = Assembly(batch, scored, needs, version)
-        return self._objective(assembly.record(examples, mismatched, density_ratio))
+        output = self._objective(assembly.record(examples, mismatched, density_ratio))
+        learns = any(logprobs.requires_grad for logprobs in scored.logprobs.values())
+        if learns and not output.loss.requires_grad:
+            raise UserError(
+                f"objective.name={self._name}: its loss does not depend on the policy: compute it "
+                "from the record's log-probabilities, without detach()"
+            )
+        return output
 
     def _mismatched(self, items: tuple[BatchCompletion, ...]) -> tuple[Tensor, Tensor]:
         """Policy and reference log-probabilities [M] of completions under others' prompts."""
@@ -175,6 +184,8 @@ class BatchLoss:
         if self.needs.reference:
             reference = torch.stack([reference_logprobs(item).sum() for item in items])
         log_weight = logps - behaviour_logps(items, logps, version)
+        own = torch.tensor([item.completion.reference_share == 0.0 for item in items])
+        log_weight = torch.where(own, log_weight, 0.0)  # an opponent's sample is meant to be other
         outputs = [output for _, output in parts]
         return Scored(
             logps=logps.double().numpy(),

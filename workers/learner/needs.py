@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar, get_args
+
+from judges.errors import UserError
 
 Records: TypeAlias = Literal["pairs", "unpaired", "ranked", "sampled"]
 """What an objective is given: PairLogps, UnpairedLogps, RankedLogps or SampledLogps."""
@@ -43,8 +45,13 @@ def needs(
 ) -> Callable[[_Function], _Function]:
     """Says what an objective of your own must be given; without it, pairs and their reference.
 
-    The arguments are those of ``Needs``.
+    The arguments are those of ``Needs``. Raises UserError for what no learner can give.
     """
+    if records not in get_args(Records):
+        known = ", ".join(get_args(Records))
+        raise UserError(f"@needs({records!r}): no such record: it is one of {known}")
+    if mismatched and not (records == "unpaired" and reference):
+        raise UserError("@needs(mismatched=True): only for unpaired records with a reference")
     wanted = Needs(records, reference, whole_update, per_token, mismatched)
 
     def mark(function: _Function) -> _Function:

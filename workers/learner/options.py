@@ -57,6 +57,12 @@ class ReferenceOptions(BaseModel):
     )
 
 
+def is_averaged(reference: ReferenceOptions) -> bool:
+    """Whether the reference is a moving average of policies."""
+    update = reference.update
+    return isinstance(update, ReferenceSchedule) and update.ema is not None
+
+
 class LearnerOptions(BaseModel):
     """The optimizer and how an update is cut into micro-batches."""
 

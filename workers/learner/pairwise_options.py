@@ -62,6 +62,11 @@ class PairwiseOptions(Options):
     def needs(self) -> Needs:
         return Needs(collisions=self.wpo)
 
+    @property
+    def likelihood(self) -> float:
+        """Weight of −log π(chosen)/tokens in the loss."""
+        return self.nll_weight
+
 
 class DpoOptions(PairwiseOptions):
     """Direct preference optimisation, arXiv:2305.18290."""
@@ -119,6 +124,11 @@ class OrpoOptions(_ReferenceFreeOptions):
 
     name: Literal["orpo"] = "orpo"
     lam: NonNegative = Field(default=0.1, description="Weight λ of the odds-ratio term")
+
+    @property
+    def likelihood(self) -> float:
+        """Its own 1, and what ``nll_weight`` adds."""
+        return 1.0 + self.nll_weight
 
     def implicit_reward(self, logps: Any, ref: Any, tokens: Any) -> Any:
         return logps / tokens

@@ -58,7 +58,7 @@ def update_measures(
     Chosen and rejected are the two sides of a pair, the desirable and the undesirable completions,
     the first and the last of a ranking, the samples that beat and that lost to their opponent.
     ``accuracy`` is the share of pairs (of neighbours in a ranking) that the implicit reward orders
-    as the label does.
+    as the label does, even labels aside.
     """
     if scored is None:
         return dict.fromkeys(MEASURES) | {"pairs": 0, "tokens": 0, "objective": {}}
@@ -120,10 +120,14 @@ def _accuracy(reward: DoubleArray, examples: Sequence[BatchExample]) -> float | 
     ordered = [
         reward[better] > reward[worse]
         for example in examples
-        if isinstance(example, BatchPair | BatchRanking)
+        if isinstance(example, BatchPair | BatchRanking) and not _even(example)
         for better, worse in pairwise(example.rows)
     ]
     return float(np.mean(ordered)) if ordered else None
+
+
+def _even(example: BatchExample) -> bool:
+    return isinstance(example, BatchPair) and example.label_prob == 0.5
 
 
 def _mean(values: DoubleArray) -> float | None:

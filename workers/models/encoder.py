@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging
 
+from judges.errors import UserError
 from workers.models.resolve import resolve_encoder
 
 _BATCH = 32
@@ -30,8 +31,15 @@ class SentenceEncoder:
     def __init__(self, model: str) -> None:
         location = resolve_encoder(model)
         logging.disable_progress_bar()
-        self._model = AutoModel.from_pretrained(location, dtype=torch.float32).eval()
-        self._tokenizer = AutoTokenizer.from_pretrained(location)
+        try:
+            self._model = AutoModel.from_pretrained(location, dtype=torch.float32).eval()
+            self._tokenizer = AutoTokenizer.from_pretrained(location)
+        except OSError as error:
+            raise UserError(
+                f"objective.embedding_model={model}: cannot be loaded "
+                f"({str(error).strip().splitlines()[0]}): check the name and the network, or run "
+                "`freshpairs fetch minilm-l6-v2` and name that"
+            ) from error
         positions = getattr(self._model.config, "max_position_embeddings", None)
         limit = self._tokenizer.model_max_length  # astronomical where the tokenizer has none
         self._max_tokens = min(limit, positions or limit)

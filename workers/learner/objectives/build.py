@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -37,7 +38,7 @@ from workers.learner.objectives.records import (
 from workers.learner.objectives.running import RunningMean
 from workers.learner.objectives.sampled import nash_md_loss
 from workers.learner.objectives.unpaired import bco_loss, kto_kl, kto_loss
-from workers.learner.pairwise_options import ExoOptions, Options, OrpoOptions, PairwiseOptions
+from workers.learner.pairwise_options import ExoOptions, Options, PairwiseOptions
 
 
 class NonFiniteLossError(FloatingPointError):
@@ -174,9 +175,8 @@ def _pairwise(options: PairwiseOptions, logps: PairLogps) -> ObjectiveOutput:
         loss = pairwise.exo_loss(logps, options.beta, trusted)
     else:
         loss = _soft_label(_certain(options), logps, trusted)
-    nll_weight = options.nll_weight + isinstance(options, OrpoOptions)
-    if nll_weight:
-        loss = loss + nll_weight * pairwise.nll_loss(logps)
+    if options.likelihood:
+        loss = loss + options.likelihood * pairwise.nll_loss(logps)
     if options.wpo:  # Eq. 2, arXiv:2406.11827
         chosen = required(logps.wpo_chosen, "wpo_chosen")
         loss = (chosen * required(logps.wpo_rejected, "wpo_rejected")).detach() * loss
@@ -229,7 +229,17 @@ def _nash_md(options: NashMdOptions, logps: SampledLogps) -> ObjectiveOutput:
 
 
 def _own(function: Callable[..., Tensor], options: OwnOptions, logps: Logps) -> ObjectiveOutput:
-    loss = function(logps, **options.args)
+    try:
+        loss = function(logps, **options.args)
+    except UserError:
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        line = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{line.filename}:{line.lineno}"
+        raise UserError(
+            f"objective.name={options.name}: it failed at {where}: {reason}: mend it"
+        ) from error
     examples = _examples(logps).shape[:1]
     if not isinstance(loss, Tensor) or loss.shape != examples:
         got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
@@ -264,8 +274,8 @@ def _require_finite(name: str, logps: Logps, loss: Tensor) -> None:
     )
     raise NonFiniteLossError(
         f"objective {name}: the loss of {what} {row}{prompt} is {loss[row].item()} at {shown}: "
-        "these log-probabilities are out of its range; lower learner.learning_rate, raise "
-        "objective.beta, or use an objective that grows more slowly (e.g. dpo)"
+        "these log-probabilities are out of its range; lower learner.learning_rate, or use an "
+        "objective that grows more slowly (e.g. dpo)"
     )
 
 
@@ -273,14 +283,10 @@ def _columns(logps: Logps) -> list[tuple[str, Tensor | None]]:
     """The log-probabilities of a record, by name."""
     match logps:
         case PairLogps():
-            names: tuple[str, ...] = (
-                "policy_chosen",
-                "policy_rejected",
-                "ref_chosen",
-                "ref_rejected",
-            )
+            places = ["_chosen", "_rejected"]
         case RankedLogps():
-            names = ("policy_GK", "ref_GK")
+            places = ["_GK"]
         case _:
-            names = ("policy", "ref")
-    return [(name, getattr(logps, name)) for name in names]
+            places = [""]
+    whose = ("policy", "ref")
+    return [(f"{w}{place}", getattr(logps, f"{w}{place}")) for w in whose for place in places]
