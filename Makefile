@@ -33,6 +33,7 @@ check: $(DEV)
 
 bench: $(BENCH)
 	$(BIN)/python benchmarks/end_to_end.py
+	$(BIN)/python benchmarks/objectives.py
 
 $(CORE): pyproject.toml
 	$(PYTHON) -m venv .venv

@@ -20,7 +20,11 @@ from transformers import (
 )
 
 from workers.learner import logprobs
-from workers.learner.logprobs import CompletionScorer, chunked_logprobs
+from workers.learner.logprobs import (
+    CompletionScorer,
+    chunked_logprobs,
+    chunked_logprobs_and_collisions,
+)
 
 SHAPE = {
     "vocab_size": 50,
@@ -171,6 +175,34 @@ def test_completions_are_scored_as_by_the_models_logits(config: PreTrainedConfig
         logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
         expected = logits.log_softmax(-1)[range(len(ids)), ids]
         torch.testing.assert_close(values, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("positions", [1, TOKENS, 2 * TOKENS + 3])
+def test_collisions_are_the_sum_of_squared_probabilities(positions: int, bias: bool):
+    hidden, weight, bias_V, targets = inputs(positions, bias=bias, dtype=torch.float64)
+    values, collisions = chunked_logprobs_and_collisions(hidden, weight, bias_V, targets)
+    assert values.requires_grad
+    assert not collisions.requires_grad
+    logits = hidden @ weight.T + (0.0 if bias_V is None else bias_V)
+    torch.testing.assert_close(collisions, (logits.softmax(-1) ** 2).sum(-1).log())
+    alone = values_and_gradients(chunked_logprobs, hidden, weight, bias_V, targets)
+    beside = values_and_gradients(
+        lambda *given: chunked_logprobs_and_collisions(*given)[0], hidden, weight, bias_V, targets
+    )
+    assert all(torch.equal(one, other) for one, other in zip(alone, beside, strict=True))
+
+
+@pytest.mark.parametrize("config", [*LINEAR, RESHAPED[0]], ids=lambda c: c.model_type)
+def test_a_models_collisions_are_those_of_its_logits(config: PreTrainedConfig):
+    model = random_model(config)
+    row = torch.tensor([[1, 7, 9, 30, 4, 11, 2]])
+    scorer = CompletionScorer(model)
+    (values,), (collisions,) = scorer.with_collisions(row, torch.tensor([4]), torch.tensor([3]))
+    (alone,) = scorer(row, torch.tensor([4]), torch.tensor([3]))
+    assert torch.equal(values, alone)
+    expected = (model(row).logits[0, 3:-1].softmax(-1) ** 2).sum(-1).log()
+    torch.testing.assert_close(collisions, expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("config", [*LINEAR, RESHAPED[0]], ids=lambda c: c.model_type)

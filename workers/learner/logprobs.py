@@ -20,33 +20,50 @@ gradient is added up more often.
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
-    """log softmax(h Wᵀ + b)[target] in tiles of logits, each computed again in backward."""
+    """log softmax(h Wᵀ + b)[target] in tiles of logits, each computed again in backward.
+
+    If asked also log Σ_v p_v² [N], from the same tiles and without a gradient; else None.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, target_N: Tensor
-    ) -> Tensor:
+        ctx: Any,
+        hidden_NH: Tensor,
+        weight_VH: Tensor,
+        bias_V: Tensor | None,
+        target_N: Tensor,
+        collisions: bool,
+    ) -> tuple[Tensor, Tensor | None]:
         precise = torch.promote_types(hidden_NH.dtype, torch.float32)
         log_normalizer_N = hidden_NH.new_empty(target_N.shape, dtype=precise)
+        log_collisions_N = torch.empty_like(log_normalizer_N) if collisions else None
         for tokens in _tiles(len(target_N), TOKENS):
             highest = log_normalizer_N[tokens].fill_(-torch.inf)
-            mass = torch.zeros_like(highest)
+            mass, squares = torch.zeros_like(highest), torch.zeros_like(highest)
             for words in _tiles(len(weight_VH), WORDS):
                 logits = _logits(hidden_NH[tokens], weight_VH, bias_V, words)
                 higher = torch.maximum(highest, logits.amax(-1))
-                mass.mul_(torch.exp(highest - higher))
+                shrunk = torch.exp(highest - higher)
+                mass.mul_(shrunk)
                 mass += logits.sub_(higher[:, None]).exp_().sum(-1)
+                if collisions:
+                    squares.mul_(shrunk).mul_(shrunk)
+                    squares += logits.square_().sum(-1)
                 highest.copy_(higher)
             highest += mass.log()
+            if log_collisions_N is not None:
+                log_collisions_N[tokens] = squares.log() - 2.0 * mass.log()
         picked_N = (hidden_NH.to(precise) * weight_VH[target_N].to(precise)).sum(-1)
         if bias_V is not None:
             picked_N += bias_V[target_N]
         ctx.save_for_backward(hidden_NH, weight_VH, bias_V, target_N, log_normalizer_N)
-        return picked_N - log_normalizer_N
+        if log_collisions_N is not None:
+            ctx.mark_non_differentiable(log_collisions_N)
+        return picked_N - log_normalizer_N, log_collisions_N
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient_N,) = gradients
+        gradient_N = gradients[0]
         hidden_NH, weight_VH, bias_V, target_N, log_normalizer_N = ctx.saved_tensors
         gradient_N1 = gradient_N[:, None].to(hidden_NH.dtype)
         # d logp / d logits = onehot − softmax: the softmax part in tiles, with the incoming
@@ -67,7 +84,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
         weight_gradient.index_add_(0, target_N, hidden_NH * gradient_N1)
         if bias_gradient is not None:
             bias_gradient.index_add_(0, target_N, gradient_N1[:, 0])
-        return hidden_gradient, weight_gradient, bias_gradient, None
+        return hidden_gradient, weight_gradient, bias_gradient, None, None
 
 
 def _tiles(length: int, size: int) -> list[slice]:
@@ -84,18 +101,18 @@ def chunked_logprobs(
     hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, target_N: Tensor
 ) -> Tensor:
     """Log-probability [N] of each target token under ``softmax(hidden Wᵀ + b)``, temperature 1."""
-    result: Tensor = _ChunkedLogprobs.apply(hidden_NH, weight_VH, bias_V, target_N)  # type: ignore[no-untyped-call]
-    return result
+    logprobs: Tensor
+    logprobs, _ = _ChunkedLogprobs.apply(hidden_NH, weight_VH, bias_V, target_N, False)  # type: ignore[no-untyped-call]
+    return logprobs
 
 
-@torch.no_grad()
-def chunked_log_collisions(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Tensor:
-    """log Σ_v p_v² [N] of ``softmax(hidden Wᵀ + b)``: the chance that two draws are the same."""
-    found = []
-    for tokens in _tiles(len(hidden_NH), TOKENS // 16):
-        logits = _logits(hidden_NH[tokens], weight_VH, bias_V, slice(None))
-        found.append(torch.logsumexp(2.0 * logits, -1) - 2.0 * torch.logsumexp(logits, -1))
-    return torch.cat(found)
+def chunked_logprobs_and_collisions(
+    hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, target_N: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same, and log Σ_v p_v² [N], the chance that two draws agree, without a gradient."""
+    found: tuple[Tensor, Tensor]
+    found = _ChunkedLogprobs.apply(hidden_NH, weight_VH, bias_V, target_N, True)  # type: ignore[no-untyped-call]
+    return found
 
 
 class CompletionScorer:
@@ -144,13 +161,16 @@ class CompletionScorer:
         """The same, and log Σ_v p_v² of the distribution at each token, without a gradient."""
         states_N, targets_N = self._states(ids_BT, starts_B, lengths_B)
         if self.plain:
-            logits = states_N.detach()
-            collisions_N = torch.logsumexp(2.0 * logits, -1) - 2.0 * torch.logsumexp(logits, -1)
+            logprobs_N = self._logprobs(states_N, targets_N)
+            log_p = torch.log_softmax(states_N.detach(), -1)
+            collisions_N = torch.logsumexp(2.0 * log_p, -1)
         else:
-            collisions_N = chunked_log_collisions(states_N, self._head.weight, self._head.bias)
+            weight, bias = self._head.weight, self._head.bias
+            logprobs_N, collisions_N = chunked_logprobs_and_collisions(
+                states_N, weight, bias, targets_N
+            )
         lengths = lengths_B.tolist()
-        logprobs = torch.split(self._logprobs(states_N, targets_N), lengths)
-        return list(logprobs), list(torch.split(collisions_N, lengths))
+        return list(torch.split(logprobs_N, lengths)), list(torch.split(collisions_N, lengths))
 
     def _states(self, ids_BT: Tensor, starts_B: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
         """What predicts each completion token (logits [N, V] if plain, else hidden states [N, H]),

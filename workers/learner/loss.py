@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,15 @@ from workers.learner.pairwise_options import Options
 from workers.learner.reference import Reference
 from workers.learner.statistics import Scored
 from workers.messages import BatchCompletion, BatchExample, DoubleArray, UpdateBatch
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Update:
+    """A batch, the policy's version, and what the whole of it says of mismatched completions."""
+
+    batch: UpdateBatch
+    version: int
+    mismatched: tuple[Tensor, Tensor] | None
 
 
 class BatchLoss:
@@ -73,32 +83,30 @@ class BatchLoss:
         """
         split = micro_batches(batch, self._tokens_per_micro_batch)
         learned = [(rows, examples) for rows, examples in split if examples]
+        update = _Update(batch, version, self._mismatched(batch.mismatched))
         if self.needs.whole_update and len(learned) > 1:
-            parts = [self._in_two_passes(batch, version, [rows for rows, _ in learned])]
+            parts = [self._in_two_passes(update, [rows for rows, _ in learned])]
         else:
-            parts = [self._in_one_pass(batch, version, *part) for part in learned]
-        return self._scored(batch, version, parts)
+            parts = [self._in_one_pass(update, *part) for part in learned]
+        return self._scored(update, parts)
 
     def _in_one_pass(
-        self,
-        batch: UpdateBatch,
-        version: int,
-        rows: Sequence[int],
-        examples: Sequence[BatchExample],
+        self, update: _Update, rows: Sequence[int], examples: Sequence[BatchExample]
     ) -> tuple[ScoredRows, ObjectiveOutput]:
         """Score a micro-batch and add its share of the gradient."""
-        scored = self._score(batch, rows)
-        output = self._loss(batch, version, scored, examples)
+        scored = self._score(update.batch, rows)
+        output = self._loss(update, scored, examples)
         if output.loss.requires_grad:  # not where every completion is only contrasted with
-            mean = output.loss.sum() / len(batch.examples)
+            mean = output.loss.sum() / len(update.batch.examples)
             mean.backward()  # type: ignore[no-untyped-call]
         return scored, output
 
     def _in_two_passes(
-        self, batch: UpdateBatch, version: int, split: Sequence[Sequence[int]]
+        self, update: _Update, split: Sequence[Sequence[int]]
     ) -> tuple[ScoredRows, ObjectiveOutput]:
         """Score everything, differentiate the loss with respect to the log-probabilities, and
         carry that gradient through the policy, a micro-batch at a time."""
+        batch = update.batch
         with torch.no_grad():
             found = [self._score(batch, rows) for rows in split]
         scored = ScoredRows(
@@ -107,7 +115,7 @@ class BatchLoss:
         )
         learned = [row for row in scored.logprobs if batch.completions[row].learn]
         leaves = [scored.logprobs[row].requires_grad_() for row in learned]
-        output = self._loss(batch, version, scored, batch.examples)
+        output = self._loss(update, scored, batch.examples)
         if leaves:
             mean = output.loss.sum() / len(batch.examples)
             gradients = torch.autograd.grad(mean, leaves, materialize_grads=True)
@@ -139,17 +147,11 @@ class BatchLoss:
         )
 
     def _loss(
-        self,
-        batch: UpdateBatch,
-        version: int,
-        scored: ScoredRows,
-        examples: Sequence[BatchExample],
+        self, update: _Update, scored: ScoredRows, examples: Sequence[BatchExample]
     ) -> ObjectiveOutput:
-        needs = self.needs
-        mismatched = self._mismatched(batch.mismatched) if needs.mismatched else None
         density_ratio = self._density_ratio(examples) if self._density_ratio else None
-        assembly = Assembly(batch, scored, needs, version)
-        output = self._objective(assembly.record(examples, mismatched, density_ratio))
+        assembly = Assembly(update.batch, scored, self.needs, update.version)
+        output = self._objective(assembly.record(examples, update.mismatched, density_ratio))
         learns = any(logprobs.requires_grad for logprobs in scored.logprobs.values())
         if learns and not output.loss.requires_grad:
             raise UserError(
@@ -158,8 +160,10 @@ class BatchLoss:
             )
         return output
 
-    def _mismatched(self, items: tuple[BatchCompletion, ...]) -> tuple[Tensor, Tensor]:
+    def _mismatched(self, items: tuple[BatchCompletion, ...]) -> tuple[Tensor, Tensor] | None:
         """Policy and reference log-probabilities [M] of completions under others' prompts."""
+        if not self.needs.mismatched:
+            return None
         assert self._reference is not None
         batch, tokens = UpdateBatch(items, ()), self._tokens_per_micro_batch
         policy, reference = (
@@ -169,13 +173,10 @@ class BatchLoss:
         return torch.tensor(policy), torch.tensor(reference)
 
     def _scored(
-        self,
-        batch: UpdateBatch,
-        version: int,
-        parts: Sequence[tuple[ScoredRows, ObjectiveOutput]],
+        self, update: _Update, parts: Sequence[tuple[ScoredRows, ObjectiveOutput]]
     ) -> Scored:
         """What was scored and lost, as columns over the batch."""
-        items = batch.completions
+        items = update.batch.completions
         logps = torch.full((len(items),), torch.nan)
         for scored, _ in parts:
             for row, logprobs in scored.logprobs.items():
@@ -183,7 +184,7 @@ class BatchLoss:
         reference = None
         if self.needs.reference:
             reference = torch.stack([reference_logprobs(item).sum() for item in items])
-        log_weight = logps - behaviour_logps(items, logps, version)
+        log_weight = logps - behaviour_logps(items, logps, update.version)
         own = torch.tensor([item.completion.reference_share == 0.0 for item in items])
         log_weight = torch.where(own, log_weight, 0.0)  # an opponent's sample is meant to be other
         outputs = [output for _, output in parts]

@@ -17,9 +17,9 @@ class Needs:
     """What an objective must be given, besides the policy's log-probabilities.
 
     ``whole_update``: all examples of an update at one time, because a loss depends on others'.
-    ``mismatched``: log-ratios of completions under other prompts. ``collisions``: the weights of
-    WPO. ``opponent``: the reference's share in the distribution that draws the second completion
-    of each prompt; 0 is the policy.
+    ``mismatched``: log-ratios of completions under other prompts, always of the whole update.
+    ``collisions``: the weights of WPO. ``opponent``: the reference's share in the distribution that
+    draws the second completion of each prompt; 0 is the policy.
     """
 
     records: Records = "pairs"

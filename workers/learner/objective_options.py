@@ -73,7 +73,7 @@ class KtoOptions(Options):
 
     @property
     def needs(self) -> Needs:
-        return Needs(records="unpaired", whole_update=True, mismatched=True)
+        return Needs(records="unpaired", mismatched=True)
 
 
 class BcoOptions(Options):
