@@ -223,6 +223,13 @@ def test_xpo_plays_against_the_reference_and_nash_md_against_the_mixture(
         own = [row for row in rows if row["sample"] == 0]
         assert record["length_mean"] == sum(len(row["ids"]) for row in own) / len(own)
         assert record["score_mean"] == pytest.approx(sum(row["score"] for row in own) / len(own))
+        path = cfg.run_dir / "ledger/round-000005.reference.parquet"
+        reference = {(r["position"], r["sample"]): r for r in pq.read_table(path).to_pylist()}
+        kl = [
+            sum(row["logprobs"]) - sum(reference[row["position"], 0]["reference_logprobs"])
+            for row in own
+        ]
+        assert record["kl_to_reference"] == pytest.approx(sum(kl) / len(kl), rel=1e-4)
 
 
 def test_measures_of_the_objective_are_logged(tiny_model: Path, tmp_path: Path) -> None:

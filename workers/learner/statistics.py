@@ -111,8 +111,6 @@ def _sides(examples: Sequence[BatchExample]) -> tuple[list[int], list[int]]:
 def _margin(reward: DoubleArray, chosen: list[int], rejected: list[int]) -> float | None:
     if not chosen or not rejected:
         return None
-    if len(chosen) == len(rejected):  # exactly 0 where policy = reference
-        return float(np.mean(reward[chosen] - reward[rejected]))
     return float(np.mean(reward[chosen]) - np.mean(reward[rejected]))
 
 
