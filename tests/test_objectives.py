@@ -178,7 +178,7 @@ def test_an_objective_says_what_it_needs():
         assert needs.reference == (name not in REFERENCE_FREE)
         assert needs.mismatched == (name == "kto")
         # Only these have losses that depend on the other examples of an update.
-        assert needs.whole_update == (name in {"kto", "bco"})
+        assert needs.whole_update == (name == "bco")
         assert needs.opponent == {"xpo": 1.0, "nash_md": 0.5}.get(name, 0.0)
     for options in ({"baseline": "leave_one_out"}, {"weights": "self_normalized"}):
         assert build_objective({"name": "pdpo", **options}).needs.whole_update

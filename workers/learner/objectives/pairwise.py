@@ -157,7 +157,7 @@ def xpo_loss(logps: PairLogps, beta: float, alpha: float) -> Tensor:
     Eq. 5, arXiv:2405.21046. ``chosen_from_reference`` says which side the reference wrote.
     """
     origin = required(logps.chosen_from_reference, "chosen_from_reference")
-    reference_sample = torch.where(origin, logps.policy_chosen, logps.policy_rejected)
+    reference_sample = torch.where(origin.bool(), logps.policy_chosen, logps.policy_rejected)
     return dpo_loss(logps, beta) + alpha * reference_sample
 
 

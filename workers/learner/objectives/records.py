@@ -77,7 +77,9 @@ class PairLogps:
                 other = item.name.replace("chosen", "rejected")
                 sides[item.name], sides[other] = getattr(self, other), getattr(self, item.name)
         origin = self.chosen_from_reference
-        return replace(self, **sides, chosen_from_reference=None if origin is None else ~origin)
+        return replace(
+            self, **sides, chosen_from_reference=None if origin is None else ~origin.bool()
+        )
 
     def take(self, rows: Tensor) -> PairLogps:
         """The pairs of these rows, by index or mask; token by token they are left out."""

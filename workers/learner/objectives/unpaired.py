@@ -34,7 +34,7 @@ def kto_loss(
     """
     above = beta * (logps.logratio - kl)
     return torch.where(
-        logps.desirable,
+        logps.desirable.bool(),
         desirable_weight * torch.sigmoid(-above),
         undesirable_weight * torch.sigmoid(above),
     )
@@ -49,4 +49,4 @@ def bco_loss(logps: UnpairedLogps, beta: float, delta: float) -> Tensor:
     undesirable = -logsigmoid(-above)
     if logps.density_ratio is not None:
         undesirable = logps.density_ratio * undesirable
-    return torch.where(logps.desirable, -logsigmoid(above), undesirable)
+    return torch.where(logps.desirable.bool(), -logsigmoid(above), undesirable)
