@@ -164,7 +164,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"{path}: not valid YAML: {_one_line(error)}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: a config is a mapping of sections (run:, policy:, …)")
-    raw.pop("environment", None)
+    if raw.pop("environment", None) is not None:  # a run's own record: the new run goes elsewhere
+        raw.get("run", {}).pop("dir", None)
     apply_overrides(raw, overrides)
     return parse_config(raw, base=path.parent, where=str(path))
 
@@ -286,7 +287,7 @@ def threads_of(config: Config, cores: int) -> tuple[int, int]:
     overlapping one halves the cores between generation and learning.
     """
     overlap = config.resampling.rounds_in_flight > 0
-    half = max(1, cores // 2)
+    half = cores // 2
     for_generators = half if overlap else cores
     generator = config.generator.threads
     learner = config.learner.threads

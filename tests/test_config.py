@@ -446,3 +446,14 @@ def test_impossible_numbers_are_one_line(section: str, key: str, value: float) -
     with pytest.raises(UserError, match=rf"{section}\.{key}={value}: must be") as mistake:
         parse_config(raw, base=Path())
     assert "\n" not in str(mistake.value)
+
+
+def test_a_runs_record_is_a_config_of_another_run(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    raw = {"run": {"name": "first", "dir": str(tmp_path / "elsewhere")}, "prompts": {"path": "a"}}
+    create_run_directory(parse_config(raw, base=tmp_path), {"generator": 1, "learner": 1})
+    recorded = tmp_path / "elsewhere" / "config.yaml"
+    assert load_config(recorded).run_dir == tmp_path / "runs" / "first"
+    assert load_config(recorded, ["run.name=second"]).run_dir == tmp_path / "runs" / "second"
+    given = load_config(recorded, [f"run.dir={tmp_path / 'there'}"])
+    assert given.run_dir == tmp_path / "there"
