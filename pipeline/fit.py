@@ -114,8 +114,7 @@ class Served:
                 "none is left out"
             )
         weighted = isinstance(self.objective, PdpoOptions) and self.objective.weights != "none"
-        reshaped = sampling.temperature != 1.0 or sampling.top_p < 1.0 or sampling.top_k is not None
-        if reshaped and not weighted:
+        if sampling.reshapes and not weighted:
             remedy = "sample at temperature 1 without truncation"
             if isinstance(self.objective, PdpoOptions):
                 remedy += ", or set objective.weights to clipped, raw or self_normalized"

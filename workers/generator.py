@@ -41,6 +41,11 @@ class SamplingOptions(BaseModel):
         "only contrasted with (mask: no gradient flows into it), or its pairs are dropped (drop)",
     )
 
+    @property
+    def reshapes(self) -> bool:
+        """Whether tokens are drawn from another distribution than the policy's plain softmax."""
+        return self.temperature != 1.0 or self.top_p < 1.0 or self.top_k is not None
+
 
 class GeneratorOptions(BaseModel):
     """Which backend samples, and how many replicas of it."""

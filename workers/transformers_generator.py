@@ -161,7 +161,7 @@ class TransformersGenerator:
             version=self.version,
             ids=np.array(row.ids, np.int64),
             logprobs=logprobs,
-            sampling_logprobs=sampling if self._reshapes() or row.share > 0.0 else None,
+            sampling_logprobs=sampling if self._sampling.reshapes or row.share > 0.0 else None,
             finished=row.finished,
             text=self._text(row.prompt.ids, row.ids),
             reference_share=row.share,
@@ -174,10 +174,6 @@ class TransformersGenerator:
         if both.startswith(before):
             return str(both[len(before) :])
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))
-
-    def _reshapes(self) -> bool:
-        options = self._sampling
-        return options.temperature != 1.0 or options.top_p < 1.0 or options.top_k is not None
 
     @torch.inference_mode()
     def probe(self, prompt_ids: IntArray, new_tokens: int) -> Completion:
