@@ -57,6 +57,7 @@ def test_ray_and_inline_agree_to_the_bit(
         tiny_model,
         tmp_path,
         objective={"name": objective["name"].format(folder=tmp_path)},
+        pairing={"ties": "keep" if objective["name"] == "nash_md" else "drop"},
         resampling={"updates_per_round": 2, "rounds_in_flight": rounds_in_flight},
         evaluation={"every": 3, "count": 5, "prompts": prompts},
     )
