@@ -175,7 +175,7 @@ def pair_loss(o: Any, w: Scored, r: Scored, chosen_from_reference: bool) -> floa
         case "xpo":
             optimism = o.alpha * (w if chosen_from_reference else r).logp
             return sp(-o.beta * (w.ratio - r.ratio)) + optimism
-    raise NotImplementedError(o.name)
+    raise ValueError(f"{o.name}: its formula is not written here a second time")
 
 
 def pairwise(u: Update) -> list[float]:
