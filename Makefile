@@ -6,25 +6,37 @@ BIN      := .venv/bin
 CORE     := .venv/.installed
 DEV      := .venv/.installed-dev
 BENCH    := .venv/.installed-bench
+VLLM     := .venv/.installed-vllm
 
-.PHONY: help quickstart install test test-slow check bench clean
+.PHONY: help quickstart quickstart-vllm install install-vllm test test-slow test-vllm check bench clean
 
 help:
 	@echo "make quickstart   install, fetch a 15 M-parameter model, align it (minutes, 2 cores)"
 	@echo "make test         install, run the everyday tests      make test-slow   the others"
 	@echo "make check        lint, formatting, types              make bench       benchmarks"
+	@echo "make install-vllm vLLM, for this CPU or GPU            make test-vllm   its tests"
+	@echo "make quickstart-vllm   the quickstart with two vLLM generators"
 
 quickstart: $(CORE)
 	$(BIN)/freshpairs fetch stories15m
 	$(BIN)/freshpairs train configs/quickstart.yaml run.name=quickstart-$$(date +%Y%m%d-%H%M%S)
 
+quickstart-vllm: $(VLLM)
+	$(BIN)/freshpairs fetch stories15m
+	$(BIN)/freshpairs train configs/quickstart-vllm.yaml run.name=quickstart-vllm-$$(date +%Y%m%d-%H%M%S)
+
 install: $(CORE)
 
+install-vllm: $(VLLM)
+
 test: $(DEV)
-	$(BIN)/pytest -q -m "not slow"
+	$(BIN)/pytest -q -m "not slow and not vllm"
 
 test-slow: $(DEV)
-	$(BIN)/pytest -q -m slow
+	$(BIN)/pytest -q -m "slow and not vllm"
+
+test-vllm: $(DEV) $(VLLM)
+	$(BIN)/pytest -q -m vllm
 
 check: $(DEV)
 	$(BIN)/ruff check .
@@ -42,6 +54,10 @@ $(CORE): pyproject.toml
 
 $(DEV): $(CORE) pyproject.toml
 	$(BIN)/pip install --quiet $(PIP_ARGS) --editable ".[dev]"
+	@touch $@
+
+$(VLLM): $(CORE) pyproject.toml
+	$(BIN)/python docker/install_vllm.py $(PIP_ARGS)
 	@touch $@
 
 $(BENCH): $(CORE) pyproject.toml

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from judges.errors import UserError
 from judges.plugins import is_plugin, resolve_plugin_path
 from pipeline.fit import Served
+from pipeline.generator_fit import Generation
 from pipeline.mistakes import explain
 from pipeline.pairing import PairingOptions
 from pipeline.prompts import PromptOptions
@@ -142,6 +143,15 @@ class Config(_Section):
             updates=self.run.updates,
         )
         served.check(self.objective.needs)
+        generation = Generation(
+            generator=self.generator,
+            policy=self.policy,
+            resampling=self.resampling,
+            learner=self.learner,
+            objective=self.objective.name,
+            inline=self.cluster.address == "inline",
+        )
+        generation.check(self.objective.needs)
 
     @property
     def run_dir(self) -> Path:

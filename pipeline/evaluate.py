@@ -18,8 +18,9 @@ from pipeline.comparison import Comparison, compare_probabilities, compare_score
 from pipeline.drift import kl_to_reference, length_mean, repetition_rate
 from pipeline.handles import Handle
 from pipeline.learner import RemoteLearner
+from pipeline.replica import Replica
 from pipeline.report import Sample
-from pipeline.rollout import submit_units, work_units
+from pipeline.rollout import UnitSize, submit_units, work_units
 from pipeline.sync import WeightSync
 from workers.generator import SampledUnit
 from workers.judge_worker import JudgedUnit
@@ -36,24 +37,24 @@ class Evaluator:
     def __init__(
         self,
         prompts: Sequence[Prompt],
-        generators: Sequence[Handle],
+        replicas: Sequence[Replica],
         judge: Handle,
         judges: Sequence[str],
         directory: Path,
         *,
         every: int | None,
         updates: int,
-        prompts_per_unit: int,
+        unit_size: UnitSize,
         run_seed: int,
     ) -> None:
         self._prompts = tuple(prompts)
-        self._generators = generators
+        self._replicas = replicas
         self._judge = judge
         self._judges = judges
         self._directory = directory
         self._every = every
         self._updates = updates
-        self._prompts_per_unit = prompts_per_unit
+        self._unit_size = unit_size
         self._run_seed = run_seed
         self._baseline: list[Completion] = []
 
@@ -99,11 +100,10 @@ class Evaluator:
         ]
 
     def _sample(self, learner: RemoteLearner, sync: WeightSync) -> list[Completion]:
-        requests = work_units(
-            self._prompts, self._prompts_per_unit, (0.0,), self._run_seed, "evaluation"
-        )
-        units = submit_units(self._generators, requests)
-        sampled = [group[0] for _, unit in units for group in unit.result().completions]
+        size = self._unit_size.of(len(self._prompts), 1)
+        requests = work_units(self._prompts, size, (0.0,), self._run_seed, "evaluation")
+        units = submit_units(self._replicas, requests)
+        sampled = [group[0] for unit in units for group in unit.result().completions]
         sync.prove(learner.version)
         return sampled
 

@@ -119,6 +119,6 @@ class Served:
             if isinstance(self.objective, PdpoOptions):
                 remedy += ", or set objective.weights to clipped, raw or self_normalized"
             raise UserError(
-                f"sampling.temperature={sampling.temperature:g}, top_p={sampling.top_p:g}: so "
-                f"reshaped, samples are not the policy's own, as {name} takes them to be: {remedy}"
+                f"sampling.{sampling.reshaped_by}: so reshaped, samples are not the policy's own, "
+                f"as {name} takes them to be: {remedy}"
             )

@@ -25,3 +25,7 @@ class Handle(Protocol):
     def submit(self, method: str, *args: object) -> Future[Any]:
         """Call a method; futures among the arguments are passed on without passing through here."""
         ...
+
+    def restart(self) -> None:
+        """Put a new worker in the place of this one, built alike; its calls under way are lost."""
+        ...

@@ -27,13 +27,15 @@ from pipeline.ledger import Ledger
 from pipeline.model_card import write_policy
 from pipeline.pairing import Pairing
 from pipeline.progress import Progress
-from pipeline.prompts import PromptEncoder, PromptStream
+from pipeline.prompts import PromptEncoder, PromptOptions, PromptStream
+from pipeline.replica import Replica
 from pipeline.report import Sample
-from pipeline.rollout import Rollout
+from pipeline.rollout import Rollout, UnitSize
 from pipeline.run_directory import create_run_directory, read_run_config, refuse_existing_run
 from pipeline.stopping import Stop, Stopped
-from pipeline.sync import PROBE_PROMPT_TOKENS, WeightSync
+from pipeline.sync import PROBE_NEW_TOKENS, PROBE_PROMPT_TOKENS, WeightSync
 from pipeline.tracking import Tracker, metrics
+from workers.endings import endings_of
 from workers.learner.objective_options import BcoOptions
 from workers.learner.options import is_averaged
 from workers.messages import IntArray, Prompt
@@ -98,9 +100,10 @@ def evaluate(cfg: Config) -> RunResult:
     generator, learner_threads = threads_of(cfg, cores())
     with start_crew(cfg, plan_crew(cfg, generator, learner_threads)) as crew:
         learner = RemoteLearner(crew.learner)
-        sync = WeightSync(crew.generators, _probe_ids(inputs))
+        replicas = replicas_of(cfg, crew, inputs)
+        sync = WeightSync(replicas, _probe_ids(inputs))
         directory = cfg.run_dir / "evaluations" / f"{datetime.now():%Y%m%d-%H%M%S}"
-        evaluator = evaluator_of(cfg, crew, inputs.held_out, directory)
+        evaluator = evaluator_of(cfg, crew, replicas, inputs.held_out, directory)
         sync.push(learner)
         evaluator.baseline(learner, sync)
         learner.adopt(cfg.policy.model_copy(update={"model": str(policy)}), cfg.run.updates)
@@ -140,13 +143,15 @@ def _run(
         _go_back(cursor, drift, tracker)
         if cursor.update:
             progress.say(f"resumed after update {cursor.update}")
-        evaluator = evaluator_of(cfg, crew, inputs.held_out, cfg.run_dir / "evaluations")
+        replicas = replicas_of(cfg, crew, inputs)
+        evaluations = cfg.run_dir / "evaluations"
+        evaluator = evaluator_of(cfg, crew, replicas, inputs.held_out, evaluations)
         stop = stack.enter_context(Stop(cfg.run_dir))
         loop.run(
             cfg,
-            rollout=_rollout(cfg, crew, inputs.prompts),
+            rollout=_rollout(cfg, crew, replicas, inputs.prompts),
             learner=learner,
-            sync=WeightSync(crew.generators, _probe_ids(inputs)),
+            sync=WeightSync(replicas, _probe_ids(inputs)),
             ledger=Ledger(cfg.run_dir / "ledger"),
             drift=drift,
             tracker=tracker,
@@ -222,18 +227,35 @@ def _pairing(cfg: Config) -> Pairing:
     )
 
 
-def _rollout(cfg: Config, crew: Crew, prompts: PromptStream) -> Rollout:
+def replicas_of(cfg: Config, crew: Crew, inputs: _Inputs) -> list[Replica]:
+    """The generators, as they are mended when they fail."""
+    limit = cfg.generator.gap_limit(cfg.policy)
+    probe_ids = _probe_ids(inputs)
+    return [Replica(i, handle, probe_ids, limit) for i, handle in enumerate(crew.generators)]
+
+
+def _rollout(
+    cfg: Config, crew: Crew, replicas: Sequence[Replica], prompts: PromptStream
+) -> Rollout:
     return Rollout(
         prompts,
-        crew.generators,
+        replicas,
         crew.judge,
         _pairing(cfg),
         judge_name=cfg.judge.name,
         reference_shares=reference_shares(cfg),
-        prompts_per_unit=cfg.sampling.prompts_per_update,
+        unit_size=unit_size(cfg, cfg.sampling.prompts_per_update),
         max_invalid_share=cfg.judge.max_invalid_share,
+        in_flight_updates=cfg.generator.in_flight_updates,
         run_seed=cfg.run.seed,
     )
+
+
+def unit_size(cfg: Config, fixed: int) -> UnitSize:
+    """How a round is cut into calls of the generators."""
+    if cfg.generator.backend_for(cfg.objective.needs) == "vllm":
+        return UnitSize(replicas=cfg.generator.replicas)
+    return UnitSize(fixed)
 
 
 def reference_shares(cfg: Config) -> list[float]:
@@ -243,33 +265,46 @@ def reference_shares(cfg: Config) -> list[float]:
     return [*own[:-1], opponent] if opponent else own
 
 
-def evaluator_of(cfg: Config, crew: Crew, held_out: Sequence[Prompt], directory: Path) -> Evaluator:
+def evaluator_of(
+    cfg: Config,
+    crew: Crew,
+    replicas: Sequence[Replica],
+    held_out: Sequence[Prompt],
+    directory: Path,
+) -> Evaluator:
     """An evaluator by the run's training judge and the others, that writes to ``directory``."""
     names = [cfg.judge.name, *(n for n in cfg.evaluation.judges if n != cfg.judge.name)]
     return Evaluator(
         held_out,
-        crew.generators,
+        replicas,
         crew.judge,
         names,
         directory,
         every=cfg.evaluation.every,
         updates=cfg.run.updates,
-        prompts_per_unit=max(64, cfg.sampling.prompts_per_update),
+        unit_size=unit_size(cfg, max(64, cfg.sampling.prompts_per_update)),
         run_seed=cfg.run.seed,
     )
 
 
 def _check_inputs(cfg: Config) -> _Inputs:
     """Model, prompts and plug-ins, each mistake found before anything is started or written."""
-    tokenizer, context = load_tokenizer(cfg.policy.model)
-    encoder = PromptEncoder(tokenizer, context, cfg.sampling.max_new_tokens)
-    prompts = PromptStream(cfg.prompts, encoder, cfg.run.seed)
+    tokenizer, window = load_tokenizer(cfg.policy.model)
+    context = _longest_sequence(cfg, window)
+    endings_of(resolve_model(cfg.policy.model), tokenizer, cfg.sampling)
+
+    def encoder(options: PromptOptions) -> PromptEncoder:
+        new_tokens = cfg.sampling.max_new_tokens
+        template_args = options.chat_template_args
+        return PromptEncoder(tokenizer, context, new_tokens, template_args, context < window)
+
+    prompts = PromptStream(cfg.prompts, encoder(cfg.prompts), cfg.run.seed)
     prompts.check()
     held_out: list[Prompt] = []
     if cfg.evaluation.prompts is not None:
         stream = PromptStream(
             cfg.evaluation.prompts,
-            encoder,
+            encoder(cfg.evaluation.prompts),
             cfg.run.seed,
             purpose="evaluation",
             key="evaluation.prompts",
@@ -286,6 +321,29 @@ def _check_inputs(cfg: Config) -> _Inputs:
         resolve_encoder(cfg.objective.embedding_model)
     _pairing(cfg)
     return _Inputs(tokenizer, prompts, held_out, context)
+
+
+def _longest_sequence(cfg: Config, context: int) -> int:
+    """Prompt and completion together, in tokens: the model's context, or what is set below it."""
+    longest = cfg.generator.max_model_len
+    if longest is None:
+        return context
+    if longest > context:
+        raise UserError(
+            f"generator.max_model_len={longest}: {cfg.policy.model} has a context of {context} "
+            "tokens; set it to that at most"
+        )
+    if longest <= cfg.sampling.max_new_tokens:
+        raise UserError(
+            f"generator.max_model_len={longest}: leaves no token for a prompt beside "
+            f"sampling.max_new_tokens={cfg.sampling.max_new_tokens}; raise it, or lower that"
+        )
+    if longest <= PROBE_NEW_TOKENS:
+        raise UserError(
+            f"generator.max_model_len={longest}: every push is proved by {PROBE_NEW_TOKENS} tokens "
+            f"after a prompt; set it to {PROBE_NEW_TOKENS + 1} at least"
+        )
+    return longest
 
 
 def load_tokenizer(model: str) -> tuple[Any, int]:
@@ -314,7 +372,7 @@ def load_tokenizer(model: str) -> tuple[Any, int]:
 
 def _probe_ids(inputs: _Inputs) -> IntArray:
     """A fixed probe prompt: the first prompts of the stream end to end, cut to fit."""
-    length = min(PROBE_PROMPT_TOKENS, inputs.context // 2)
+    length = min(PROBE_PROMPT_TOKENS, inputs.context - PROBE_NEW_TOKENS)
     ids: list[int] = []
     while len(ids) < length:
         ids += [int(i) for prompt in inputs.prompts.take(0, 8) for i in prompt.ids]

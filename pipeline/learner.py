@@ -40,9 +40,12 @@ class RemoteLearner:
         self.version += 1
         return record
 
-    def weights(self) -> Future[WeightPush]:
-        """This version's weights, not yet here: generators take the future."""
-        return self._handle.submit("weights")
+    def weights(self, keep_from: int) -> Future[WeightPush]:
+        """This version's weights, not yet here: generators take the future.
+
+        Versions below ``keep_from`` will not be asked for again.
+        """
+        return self._handle.submit("weights", keep_from)
 
     def sent(self) -> Future[Receipt]:
         """What a generator must answer to the last weights."""

@@ -99,7 +99,7 @@ def into_ledger(
     with clock.stage("wait"):
         round_ = pending.result()  # a dead worker raises here
     with clock.stage("sync"):
-        gap = sync.prove(round_.version)
+        gap = max(sync.prove(version) for version in round_.versions)
     clock.add("sync", sync.seconds)
     round_ = replace(round_, logprob_gap=gap)
     ledger.append(round_)

@@ -22,8 +22,9 @@ def write_policy(cfg: Config, learner: RemoteLearner, tokenizer: Any) -> Path:
     partial.mkdir()
     learner.export(partial)
     tokenizer.save_pretrained(partial)
-    for path in partial.iterdir():  # safetensors writes for its owner alone
-        path.chmod(0o644)
+    for path in partial.rglob("*"):  # safetensors writes for its owner alone
+        if path.is_file():
+            path.chmod(0o644)
     (partial / "README.md").write_text(model_card(cfg))
     os.replace(partial, final)
     return final
@@ -56,6 +57,7 @@ def model_card(cfg: Config) -> str:
         "learned from",
         f"- learning rate {cfg.learner.learning_rate:g} ({cfg.learner.schedule}), AdamW, "
         f"{cfg.policy.dtype}, seed {cfg.run.seed}",
+        *_adapters(cfg),
         "",
     ]
     if evaluations:
@@ -75,6 +77,18 @@ def model_card(cfg: Config) -> str:
         whom = "starting model" if cfg.reference.update == "frozen" else "last reference"
         lines += ["", f"KL to the {whom}: {_figure(kl)} nats a sequence." if kl is not None else ""]
     return "\n".join(lines)
+
+
+def _adapters(cfg: Config) -> list[str]:
+    lora = cfg.policy.lora
+    if lora is None:
+        return []
+    targets = lora.target_modules
+    return [
+        f"- LoRA of rank {lora.rank}, alpha {lora.alpha:g}, on "
+        f"{targets if isinstance(targets, str) else ', '.join(targets)}: merged into these "
+        "weights, and alone in `adapter/` (PEFT)"
+    ]
 
 
 def _examples(cfg: Config) -> str:

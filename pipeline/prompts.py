@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from judges.errors import UserError
 from judges.interface import Text
@@ -20,6 +21,13 @@ from workers.seeds import derive_seed
 
 Record: TypeAlias = tuple[int, int, Row | None]
 """Source, index (or, in a stream, number) of the row, and the row itself where it is streamed."""
+
+NOT_THE_TEMPLATES = (
+    *("self", "conversation", "messages", "chat_template", "tokenizer_kwargs", "tokenize"),
+    *("add_generation_prompt", "continue_final_message", "padding", "truncation", "max_length"),
+    *("return_tensors", "return_dict", "return_assistant_tokens_mask"),
+)
+"""Parameters of ``apply_chat_template`` that are ours to set: how, and to what, it is applied."""
 
 
 class PromptOptions(PromptSource):
@@ -35,6 +43,19 @@ class PromptOptions(PromptSource):
         ge=1,
         description="Rows a stream keeps in memory to shuffle; other sources shuffle all rows.",
     )
+
+    chat_template_args: dict[str, Any] = Field(
+        default_factory=dict,
+        description="More arguments of the chat template, e.g. {enable_thinking: false}",
+    )
+
+    @field_validator("chat_template_args")
+    @classmethod
+    def _read_by_templates(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for name in value:
+            if name in NOT_THE_TEMPLATES:
+                raise ValueError(f"{name} is no argument of the template's own: leave it out")
+        return value
 
     @model_validator(mode="after")
     def _path_or_mixture(self) -> PromptOptions:
@@ -54,22 +75,38 @@ class PromptOptions(PromptSource):
 class PromptEncoder:
     """Turns a prompt into the ids the policy sees, with room left for the completion.
 
-    ``tokenizer`` is a transformers tokenizer, ``context`` the model's window in tokens.
+    ``tokenizer`` is a transformers tokenizer, ``context`` the longest prompt and completion
+    together in tokens (``cut``: generator.max_model_len, below the model's own), ``template_args``
+    go to the chat template.
     """
 
-    def __init__(self, tokenizer: Any, context: int, max_new_tokens: int) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        context: int,
+        max_new_tokens: int,
+        template_args: Mapping[str, Any] | None = None,
+        cut: bool = False,
+    ) -> None:
         self._tokenizer = tokenizer
         self._context = context
         self._max_new_tokens = max_new_tokens
+        self._template_args = dict(template_args or {})
+        self._cut = cut
 
     def encode(self, content: Text) -> IntArray:
         """[P] ids: text with the tokenizer's special tokens, chat through its template up to where
         the assistant speaks.
 
-        Raises UserError where there is no template, it refuses the messages, or prompt and
-        completion do not fit into the context.
+        Raises UserError where there is no template, it refuses the messages or does not read its
+        arguments, or prompt and completion do not fit into the context.
         """
         if isinstance(content, str):
+            if self._template_args:
+                raise UserError(
+                    f"a text prompt passes no chat template, so chat_template_args="
+                    f"{self._template_args} would do nothing: set chat: true, or leave them out"
+                )
             tokens = self._tokenizer(content)["input_ids"]
         else:
             tokens = self._encode_chat(content)
@@ -77,10 +114,10 @@ class PromptEncoder:
         if not len(ids):
             raise UserError("the prompt has no tokens; the model needs one to start from")
         if len(ids) + self._max_new_tokens > self._context:
+            window = "generator.max_model_len" if self._cut else "the model's context"
             raise UserError(
                 f"the prompt has {len(ids)} tokens, with sampling.max_new_tokens="
-                f"{self._max_new_tokens} the model's context is {self._context}: "
-                + self._remedy(len(ids))
+                f"{self._max_new_tokens} {window} is {self._context}: {self._remedy(len(ids))}"
             )
         return ids
 
@@ -92,17 +129,38 @@ class PromptEncoder:
                 "a chat prompt, but the policy's tokenizer has no chat template; "
                 "use a chat model, or plain text prompts with chat: false"
             )
+        self._check_template_args()
         try:
             return self._tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
                 add_generation_prompt=True,
                 tokenize=True,
                 return_dict=False,
+                **self._template_args,
             )
         except TemplateError as error:
             raise UserError(
                 f"the policy's chat template refuses the messages ({error}); change their roles"
             ) from error
+        except (TypeError, ValueError) as error:
+            if not self._template_args:
+                raise
+            raise UserError(
+                f"the policy's chat template refuses chat_template_args={self._template_args} "
+                f"({error}); change them"
+            ) from error
+
+    def _check_template_args(self) -> None:
+        """Jinja ignores what a template does not read: a name that it lacks is a mistake."""
+        if not self._template_args:
+            return
+        template = self._tokenizer.get_chat_template(tools=self._template_args.get("tools"))
+        for name in self._template_args:
+            if not re.search(rf"\b{re.escape(name)}\b", template):
+                raise UserError(
+                    f"chat_template_args.{name}: the policy's chat template reads nothing of that "
+                    "name; correct it, or leave it out"
+                )
 
     def _remedy(self, prompt_tokens: int) -> str:
         remedies = []
@@ -110,7 +168,8 @@ class PromptEncoder:
             remedies.append(f"shorten it to {self._context - self._max_new_tokens}")
         if self._context > prompt_tokens:
             remedies.append(f"set max_new_tokens to at most {self._context - prompt_tokens}")
-        return ", or ".join([*remedies, "choose a policy with a longer context"])
+        longer = "raise that" if self._cut else "choose a policy with a longer context"
+        return ", or ".join([*remedies, longer])
 
 
 class PromptStream:

@@ -9,18 +9,46 @@ from dataclasses import dataclass
 from pipeline.handles import Future, Handle
 from pipeline.pairing import Pairing
 from pipeline.prompts import PromptStream
+from pipeline.replica import Replica, Unit
 from pipeline.resampling import RoundPlan
 from workers.generator import SampledUnit, SampleRequest
 from workers.judge_worker import JudgedUnit, refuse_invalid_rounds
-from workers.messages import Prompt, PromptGroup, Round
+from workers.messages import Completion, Prompt, PromptGroup, Round
+
+
+@dataclass(frozen=True, slots=True)
+class UnitSize:
+    """How many prompts are sampled in one call.
+
+    ``fixed``: so many, whatever the replicas, because a completion's last bits depend on what is
+    computed beside it. ``replicas``: each gets its share of the round in one call, up to
+    ``ENGINE_COMPLETIONS``, because an engine batches by itself and its last bits vary anyway.
+    """
+
+    fixed: int | None = None
+    replicas: int = 1
+
+    def of(self, prompts: int, samples: int) -> int:
+        """Prompts of a unit, when so many prompts are given so many samples each."""
+        if self.fixed is not None:
+            return self.fixed
+        return max(1, min(-(-prompts // self.replicas), ENGINE_COMPLETIONS // samples))
+
+
+ENGINE_COMPLETIONS = 1024
+"""Completions of a unit that an engine batches: they keep it full, and are lost with a replica."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Unit:
-    """One work unit on its way through generator and judge."""
+    """One work unit on its way through generator and judge.
 
-    prompts: tuple[Prompt, ...]
-    sampled: Future[SampledUnit]
+    ``attempt`` is that of the samples which the judge was given: a generator that was mended draws
+    them again, and they are judged again.
+    """
+
+    sampled: Unit
+    attempt: int
     judged: Future[JudgedUnit]
 
 
@@ -47,68 +75,79 @@ class Rollout:
     def __init__(
         self,
         prompts: PromptStream,
-        generators: Sequence[Handle],
+        replicas: Sequence[Replica],
         judge: Handle,
         pairing: Pairing,
         *,
         judge_name: str,
         reference_shares: Sequence[float],
-        prompts_per_unit: int,
+        unit_size: UnitSize,
         max_invalid_share: float,
+        in_flight_updates: bool,
         run_seed: int,
     ) -> None:
         self._prompts = prompts
-        self._generators = generators
+        self._replicas = replicas
         self._judge = judge
         self._pairing = pairing
         self._judge_name = judge_name
         self._reference_shares = tuple(reference_shares)
-        self._prompts_per_unit = prompts_per_unit
+        self._unit_size = unit_size
         self._max_invalid_share = max_invalid_share
+        self._in_flight_updates = in_flight_updates
         self._run_seed = run_seed
 
     def submit(self, plan: RoundPlan, version: int) -> PendingRound:
         """Start a round with the weights that the generators hold or are about to receive."""
         prompts = self._prompts.take(plan.start, plan.prompts)
-        requests = work_units(
-            prompts, self._prompts_per_unit, self._reference_shares, self._run_seed, "sampling"
-        )
+        size = self._unit_size.of(len(prompts), len(self._reference_shares))
+        requests = work_units(prompts, size, self._reference_shares, self._run_seed, "sampling")
         units: list[_Unit] = []
-        for request, sampled in submit_units(self._generators, requests):
-            part = request.prompts
-            judged: Future[JudgedUnit] = self._judge.submit(
-                "judge", self._judge_name, part, sampled
-            )
-            units.append(_Unit(part, sampled, judged))
+        for sampled in submit_units(self._replicas, requests):
+            judged = self._judged(sampled, sampled.future)
+            units.append(_Unit(sampled, sampled.attempt, judged))
         return PendingRound(plan.index, version, units, self)
+
+    def _judged(self, unit: Unit, samples: Future[SampledUnit] | SampledUnit) -> Future[JudgedUnit]:
+        return self._judge.submit("judge", self._judge_name, unit.request.prompts, samples)
 
     def assemble(self, index: int, version: int, units: Sequence[_Unit]) -> Round:
         """Pair what came back into a round."""
         groups: list[PromptGroup] = []
         generate = judge = 0.0
         for unit in units:
-            sampled, judged = unit.sampled.result(), unit.judged.result()
+            sampled = unit.sampled.result()
+            judging = unit.judged
+            if unit.attempt != unit.sampled.attempt:
+                judging = self._judged(unit.sampled, sampled)
+            judged = judging.result()
             generate += sampled.seconds
             judge += judged.seconds
             for prompt, completions, judgement in zip(
-                unit.prompts, sampled.completions, judged.judgements, strict=True
+                unit.sampled.request.prompts, sampled.completions, judged.judgements, strict=True
             ):
-                wrong = {c.version for c in completions} - {version}
-                if wrong:
-                    raise RuntimeError(
-                        f"round {index} was asked of version {version}, "
-                        f"a generator sampled with version {sorted(wrong)[0]}"
-                    )
+                self._check_versions(index, version, completions)
                 judged_prompt = (prompt, completions, judgement)
                 pairs = self._pairing.pairs(*judged_prompt)
                 labels = self._pairing.labels(*judged_prompt)
                 groups.append(PromptGroup(prompt, tuple(completions), judgement, pairs, labels))
         refuse_invalid_rounds(groups, self._max_invalid_share, self._judge_name)
         seconds = {
-            "generate": generate / len(self._generators),
+            "generate": generate / len(self._replicas),
             "judge": judge,
         }
         return Round(index, version, tuple(groups), self._judge_name, seconds)
+
+    def _check_versions(self, index: int, version: int, completions: Sequence[Completion]) -> None:
+        """Raises RuntimeError where a completion is of another version than its round allows."""
+        for completion in completions:
+            newer = self._in_flight_updates and completion.version > version
+            mixed = completion.last_version is not None and not self._in_flight_updates
+            if mixed or not (newer or completion.version == version):
+                raise RuntimeError(
+                    f"round {index} was asked of version {version}, "
+                    f"a generator sampled with version {completion.version}"
+                )
 
 
 def work_units(
@@ -118,7 +157,7 @@ def work_units(
     run_seed: int,
     purpose: str,
 ) -> list[SampleRequest]:
-    """Cut prompts into work units of ``size``: the same whatever the number of generators.
+    """Cut prompts into work units of ``size``.
 
     ``reference_shares`` has an entry for each sample of a prompt, as in ``SampleRequest``.
     """
@@ -129,11 +168,9 @@ def work_units(
     ]
 
 
-def submit_units(
-    generators: Sequence[Handle], requests: Sequence[SampleRequest]
-) -> list[tuple[SampleRequest, Future[SampledUnit]]]:
+def submit_units(replicas: Sequence[Replica], requests: Sequence[SampleRequest]) -> list[Unit]:
     """Share work units among the generators, in turns."""
     return [
-        (request, generator.submit("sample", request))
-        for request, generator in zip(requests, itertools.cycle(generators), strict=False)
+        replica.sample(request)
+        for request, replica in zip(requests, itertools.cycle(replicas), strict=False)
     ]

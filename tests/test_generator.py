@@ -38,7 +38,7 @@ from tests.learner_helpers import (
 from workers.messages import Completion, Prompt
 from workers.sampler import request_uniforms
 from workers.seeds import derive_seed
-from workers.weight_sync.buckets import Receipt, SyncError
+from workers.weight_sync.buckets import Carried, Receipt, SyncError
 
 FIVE_WORDS = ["<unk>", "<s>", "</s>", "a", "b"]
 PROMPTS = {
@@ -171,10 +171,11 @@ def test_an_eos_stands_only_where_it_was_sampled(tmp_path: Path, ends: list[int]
     ("sampling", "plain"),
     [
         ({}, True),
-        ({"temperature": 1.0, "top_p": 1.0, "top_k": None}, True),
+        ({"temperature": 1.0, "top_p": 1.0, "top_k": None, "min_p": 0.0}, True),
         ({"temperature": 0.8}, False),
         ({"top_p": 0.9}, False),
         ({"top_k": 24}, False),
+        ({"min_p": 0.1}, False),
     ],
 )
 def test_sampling_logprobs_are_kept_where_they_differ(tiny_model: Path, sampling, plain: bool):
@@ -306,13 +307,10 @@ def test_a_corrupted_bucket_is_refused(tiny_model: Path):
     before = sampled_batch(generator, PROMPTS["tiny_model"])
     learner.update(with_reference(learner, before))
     push = learner.weights()
-    (bucket,) = push.buckets
-    data = bucket.data.copy()
+    data = push.source.data[0].copy()
     data[len(data) // 2] ^= 1
     with pytest.raises(SyncError, match=r"version 1: bucket 0 arrived corrupted"):
-        generator.load(replace(push, buckets=(replace(bucket, data=data),)))
+        generator.load(replace(push, source=Carried((data,))))
     assert generator.version == 0
-    assert_same(
-        [c.completion for c in sampled_batch(generator, PROMPTS["tiny_model"]).completions],
-        [c.completion for c in before.completions],
-    )
+    with pytest.raises(SyncError, match="does not sample: it weight push of version 1: bucket 0"):
+        sampled_batch(generator, PROMPTS["tiny_model"])

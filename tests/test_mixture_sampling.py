@@ -12,7 +12,12 @@ import pytest
 import torch
 from scipy import stats
 from torch import Tensor
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from tests import tiny
 from tests.learner_helpers import (
@@ -30,9 +35,11 @@ from workers.options import PolicyOptions
 from workers.seeds import derive_seed
 from workers.transformers_generator import TransformersGenerator
 from workers.weight_sync.buckets import pack
+from workers.weight_sync.transport import ObjectStore, push_of
 
 PROMPTS = prompts_of([1, 5, 8], [1, 9, 3, 20, 5, 6, 11], [1], [1, 8, 8], [1, 23, 4, 5, 17])
 RESHAPED = {"temperature": 0.7, "top_k": 4, "top_p": 0.9}
+MIN_P = {"temperature": 0.7, "min_p": 0.3, "top_p": 0.9}
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +62,7 @@ def mixing_generator(model: Path, **sampling) -> TransformersGenerator:
     """A generator of the moved model that holds the starting one as its reference."""
     options = PolicyOptions(model=str(model)), SamplingOptions(**sampling)
     generator = TransformersGenerator(*options, reference=True)
-    generator.load(pack(dict(moved_model(model).named_parameters()), version=1))
+    generator.load(push_of(1, pack(dict(moved_model(model).named_parameters())), ObjectStore()))
     return generator
 
 
@@ -75,6 +82,8 @@ def mixture_logprobs(policy, reference, prompt_ids, ids, share: float, **samplin
     pi, pi_ref = (plain_logits(m, prompt_ids, ids).log_softmax(-1) for m in (policy, reference))
     scores = (1 - share) * pi + share * pi_ref
     scores = TemperatureLogitsWarper(sampling.get("temperature", 1.0))(None, scores)
+    if "min_p" in sampling:
+        scores = MinPLogitsWarper(sampling["min_p"])(None, scores)
     if "top_k" in sampling:
         scores = TopKLogitsWarper(sampling["top_k"])(None, scores)
     if "top_p" in sampling:
@@ -107,7 +116,7 @@ def pvalue(counts: Counter, probabilities: dict[tuple[int, ...], float]) -> floa
     return float(stats.chisquare(observed, expected, sum_check=False).pvalue)
 
 
-@pytest.mark.parametrize("sampling", [{}, RESHAPED], ids=["plain", "reshaped"])
+@pytest.mark.parametrize("sampling", [{}, RESHAPED, MIN_P], ids=["plain", "reshaped", "min_p"])
 def test_frequencies_follow_the_mixture(tmp_path: Path, sampling):
     """All completions of at most two tokens, against their exact probabilities."""
     model = tiny.save_model(tmp_path, words=tiny.WORDS[:5], spread=0.25)
@@ -137,7 +146,7 @@ def test_frequencies_follow_the_mixture(tmp_path: Path, sampling):
                     assert pvalue(drawn, probabilities) < 1e-4
 
 
-@pytest.mark.parametrize("sampling", [{}, RESHAPED], ids=["plain", "reshaped"])
+@pytest.mark.parametrize("sampling", [{}, RESHAPED, MIN_P], ids=["plain", "reshaped", "min_p"])
 def test_logprobs_are_the_policys_and_sampling_logprobs_the_mixtures(model: Path, sampling):
     policy, reference = moved_model(model), plain_model(model)
     shares = [0.25, 0.0, 0.8, 1.0, 0.25]

@@ -392,7 +392,15 @@ MISFITS = [
     ({"objective": {"name": "pdpo"}, "sampling": FOUR}, "drawn at random"),
     (
         {"objective": {"name": "pdpo"}, "pairing": KEPT, "sampling": {"top_p": 0.9}},
-        "not the policy's own",
+        "sampling.top_p=0.9: so reshaped, samples are not the policy's own",
+    ),
+    (
+        {
+            "objective": {"name": "pdpo"},
+            "pairing": KEPT,
+            "sampling": {"temperature": 0.7, "top_k": 50, "min_p": 0.05},
+        },
+        "sampling.temperature=0.7, min_p=0.05, top_k=50: so reshaped",
     ),
     (
         {"objective": {"name": "kto"}, "sampling": {"prompts_per_update": 1}},

@@ -16,7 +16,15 @@ from pydantic import ValidationError
 from judges.errors import UserError
 from pipeline.prompt_source import PromptSource
 from pipeline.prompts import PromptEncoder, PromptOptions, PromptStream
-from tests.prompt_helpers import ENCODER, contents, make_tokenizer, numbered, stream_of, write_jsonl
+from tests.prompt_helpers import (
+    CHAT_TEMPLATE,
+    ENCODER,
+    contents,
+    make_tokenizer,
+    numbered,
+    stream_of,
+    write_jsonl,
+)
 from workers.seeds import derive_seed
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -297,3 +305,79 @@ def test_a_stream_has_no_length(tmp_path: Path) -> None:
     stream = stream_of(numbered(tmp_path / "p.jsonl", 3), streaming=True)
     with pytest.raises(UserError, match=r"prompts\.streaming=true: a stream's length is not known"):
         len(stream)
+
+
+# Arguments of the chat template
+
+
+THINKING = CHAT_TEMPLATE + "{% if enable_thinking is defined and enable_thinking %} time{% endif %}"
+
+
+def with_args(
+    path: Path, args: dict[str, Any], template: str | None = THINKING, **options: Any
+) -> PromptStream:
+    encoder = PromptEncoder(make_tokenizer(template), 256, 64, args)
+    return PromptStream(
+        PromptOptions(path=str(path), chat_template_args=args, **options), encoder, 0
+    )
+
+
+@pytest.mark.parametrize(
+    ("args", "ids"),
+    [
+        ({}, [3, 9, 4]),
+        ({"enable_thinking": False}, [3, 9, 4]),
+        ({"enable_thinking": True}, [3, 9, 4, 8]),
+    ],
+)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_arguments_reach_the_chat_template(
+    tmp_path: Path, args: dict[str, Any], ids: list[int], streaming: bool
+) -> None:
+    path = write_jsonl(tmp_path / "p.jsonl", [{"prompt": ["cat"]}])
+    (prompt,) = with_args(path, args, streaming=streaming).take(0, 1)
+    assert prompt.ids.tolist() == ids
+
+
+LOOPING = CHAT_TEMPLATE + "{% for i in range(count) %} time{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "args", "template", "said"),
+    [
+        ("cat", {"enable_thinking": True}, THINKING, "a text prompt passes no chat template, so "),
+        ("cat", {"enable_thinking": True}, None, "a text prompt passes no chat template, so "),
+        (["cat"], {"enable_thinking": True}, None, "a chat prompt, but the policy's tokenizer has"),
+        (["cat"], {"enable_thinkin": True}, THINKING, "chat_template_args.enable_thinkin: the pol"),
+        (["cat"], {"count": "two"}, LOOPING, "the policy's chat template refuses chat_template_a"),
+        (["cat"], {"count": 1, "tools": ["f"]}, LOOPING + "{{ tools }}", "the policy's chat templ"),
+    ],
+)
+def test_arguments_that_no_template_takes(
+    tmp_path: Path, prompt: Any, args: dict[str, Any], template: str | None, said: str
+) -> None:
+    path = write_jsonl(tmp_path / "p.jsonl", [{"prompt": prompt}])
+    with pytest.raises(UserError) as caught:
+        with_args(path, args, template).check()
+    assert str(caught.value).startswith(f"prompts.path={path} row 1: {said}")
+    assert "\n" not in str(caught.value)
+
+
+def test_arguments_are_beside_a_mixture(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "p.jsonl", [{"prompt": ["cat"]}])
+    options = PromptOptions(
+        mixture=[PromptSource(path=str(path))], chat_template_args={"enable_thinking": True}
+    )
+    encoder = PromptEncoder(make_tokenizer(THINKING), 256, 64, options.chat_template_args)
+    (prompt,) = PromptStream(options, encoder, 0).take(0, 1)
+    assert prompt.ids.tolist() == [3, 9, 4, 8]
+
+
+def test_what_a_smaller_window_says() -> None:
+    encoder = PromptEncoder(make_tokenizer(), context=10, max_new_tokens=6, cut=True)
+    with pytest.raises(UserError) as caught:
+        encoder.encode("a cat dog time")
+    assert str(caught.value) == (
+        "the prompt has 5 tokens, with sampling.max_new_tokens=6 generator.max_model_len is 10: "
+        "shorten it to 4, or set max_new_tokens to at most 5, or raise that"
+    )

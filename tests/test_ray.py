@@ -126,11 +126,18 @@ def test_a_dead_worker_is_named_and_the_run_goes_on_later(tiny_model: Path, tmp_
 
 
 def test_too_few_cores_are_refused_before_anything_starts(tiny_model: Path, tmp_path: Path) -> None:
-    cfg = tiny.config(tiny_model, tmp_path, generator={"replicas": 4})
-    with pytest.raises(UserError, match="4 generators and the learner need 5 cores") as refusal:
-        refuse_too_few_cores(plan_crew(cfg, 1, 1), 2)
-    assert "\n" not in str(refusal.value)
-    refuse_too_few_cores(plan_crew(cfg, 1, 1), 5)
+    """The learner takes turns with the generators, unless rounds are sampled while it learns."""
+    for in_flight, said, needed in (
+        (0, "4 generators need 4 cores, this machine has 2", 4),
+        (1, "4 generators and the learner need 5 cores, this machine has 2", 5),
+    ):
+        overlap = {"rounds_in_flight": in_flight}
+        generator = {"replicas": 4, "backend": "transformers"}
+        cfg = tiny.config(tiny_model, tmp_path, generator=generator, resampling=overlap)
+        with pytest.raises(UserError, match=said) as refusal:
+            refuse_too_few_cores(plan_crew(cfg, 1, 1), 2)
+        assert "\n" not in str(refusal.value)
+        refuse_too_few_cores(plan_crew(cfg, 1, 1), needed)
 
 
 def test_a_users_folder_does_not_come_before_ours(tiny_model: Path, tmp_path: Path) -> None:

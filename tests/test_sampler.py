@@ -11,7 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from workers.sampler import (
     Drawn,
@@ -101,7 +106,7 @@ def test_impossible_tokens_are_never_drawn(data: st.DataObject):
     uniforms = np.array(
         data.draw(st.lists(edges | st.floats(0, LARGEST_UNIFORM), min_size=1, max_size=8))
     )
-    for options in ({}, {"temperature": 0.7}, {"top_k": 2}, {"top_p": 0.5}):
+    for options in ({}, {"temperature": 0.7}, {"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.3}):
         drawn = draw_each(logits, uniforms, **options)
         assert set(drawn.ids_B.tolist()) <= set(possible)
         assert bool(torch.isfinite(drawn.sampling_logprobs_B).all())
@@ -133,6 +138,18 @@ def test_impossible_tokens_are_never_drawn(data: st.DataObject):
         ([0.1, 0.4, 0.3, 0.2], {"top_k": 3, "top_p": 0.75}, 7, [0, 4 / 7, 3 / 7, 0]),
         # Temperature comes before top-p: of 16/30, 9/30, 4/30, 1/30 two reach 0.8.
         ([0.1, 0.4, 0.3, 0.2], {"temperature": 0.5, "top_p": 0.8}, 25, [0, 16 / 25, 9 / 25, 0]),
+        # 0.24 is asked for.
+        ([0.1, 0.4, 0.3, 0.2], {"min_p": 0.6}, 7, [0, 4 / 7, 3 / 7, 0]),
+        ([0.1, 0.4, 0.3, 0.2], {"min_p": 0.999}, 7, [0, 1, 0, 0]),
+        ([0.1, 0.4, 0.3, 0.2], {"min_p": 1e-300}, 10, [0.1, 0.4, 0.3, 0.2]),
+        # A quarter is no less than half of one half.
+        ([1 / 8, 1 / 2, 1 / 8, 1 / 4], {"min_p": 0.5}, 6, [0, 2 / 3, 0, 1 / 3]),
+        # Temperature comes before min-p: of 16, 9, 4, 1 two reach 0.3 · 16, as odds all but one do.
+        ([0.1, 0.4, 0.3, 0.2], {"temperature": 0.5, "min_p": 0.3}, 25, [0, 16 / 25, 9 / 25, 0]),
+        # Min-p comes before top-p: of 4/7, 3/7 the first reaches 0.5, of 0.4, 0.3, … two would.
+        ([0.1, 0.4, 0.3, 0.2], {"min_p": 0.6, "top_p": 0.5}, 7, [0, 1, 0, 0]),
+        # So does top-k, among what min-p left: of 4/7, 3/7 again, not of 4/9, 3/9, 2/9.
+        ([0.1, 0.4, 0.3, 0.2], {"min_p": 0.3, "top_k": 2, "top_p": 0.5}, 7, [0, 1, 0, 0]),
     ],
 )
 def test_shapes_by_hand(probabilities, options, steps, expected):
@@ -197,23 +214,31 @@ def test_a_mixture_with_impossible_tokens(share: float, expected):
     assert softmax(mixed)[0].tolist() == expected
 
 
+@pytest.mark.parametrize("min_p", [0.0, 0.01, 0.3])
 @pytest.mark.parametrize("top_k", [None, 1, 7, 300, 1000])
 @pytest.mark.parametrize("top_p", [0.05, 0.5, 0.95, 1.0])
-def test_truncation_is_that_of_transformers(top_k: int | None, top_p: float):
+def test_truncation_is_that_of_transformers(top_k: int | None, top_p: float, min_p: float):
     logits = random_logits(64, 500)
     expected = logits
+    if min_p > 0.0:
+        expected = MinPLogitsWarper(min_p)(None, expected)
     if top_k is not None:
         expected = TopKLogitsWarper(top_k)(None, expected)
     if top_p < 1.0:
         expected = TopPLogitsWarper(top_p)(None, expected)
-    assert torch.equal(truncate(logits, top_k, top_p), expected)
+    assert torch.equal(truncate(logits, top_k, top_p, min_p), expected)
 
 
 def test_sampling_logprobs_are_those_of_transformers():
     logits = random_logits(200, 600)
-    drawn = draw(logits, torch.from_numpy(request_uniforms(2, 200)), 0.8, 50, 0.9)
+    drawn = draw(logits, torch.from_numpy(request_uniforms(2, 200)), 0.8, 50, 0.9, min_p=0.1)
     warped = logits
-    for warper in (TemperatureLogitsWarper(0.8), TopKLogitsWarper(50), TopPLogitsWarper(0.9)):
+    for warper in (
+        TemperatureLogitsWarper(0.8),
+        MinPLogitsWarper(0.1),
+        TopKLogitsWarper(50),
+        TopPLogitsWarper(0.9),
+    ):
         warped = warper(None, warped)
     expected = warped.log_softmax(-1)[torch.arange(200), drawn.ids_B]
     torch.testing.assert_close(drawn.sampling_logprobs_B, expected, atol=2e-6, rtol=0)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.handles import WorkerDied
 from pipeline.launch.crew import WorkerPlan
 from pipeline.launch.inline import InlineHandle
 from pipeline.learner import RemoteLearner
-from pipeline.sync import GAP_LIMIT, PROBE_NEW_TOKENS, WeightSync, probe_gap
+from pipeline.replica import Replica
+from pipeline.sync import PROBE_NEW_TOKENS, WeightSync
 from tests import tiny
-from workers.generator import SampleRequest, SamplingOptions
+from workers.generator import SampledUnit, SampleRequest, SamplingOptions
 from workers.learner.learner import Learner
 from workers.learner.options import LearnerOptions
 from workers.learner.pairwise_options import DpoOptions
@@ -25,6 +28,7 @@ from workers.messages import (
     BatchCompletion,
     BatchPair,
     Completion,
+    IntArray,
     Prompt,
     UpdateBatch,
     probe_completion,
@@ -32,20 +36,29 @@ from workers.messages import (
 from workers.options import PolicyOptions
 from workers.transformers_generator import TransformersGenerator
 from workers.weight_sync.buckets import (
+    BUCKET_BYTES,
+    Carried,
     Receipt,
     SyncError,
     WeightPush,
+    arriving,
     checksum_of,
+    device_checksum,
     pack,
     receipt_of,
     unpack_into,
 )
+from workers.weight_sync.proof import Proof, Standing, probe_gap
+from workers.weight_sync.transport import ObjectStore, push_of
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.bool)
 
 
 def tensors() -> dict[str, torch.Tensor]:
-    """A scalar, a vector, a matrix, nothing at all: 4 + 6 + 48 + 0 + 3 bytes, odd offsets."""
+    """A scalar, a vector, a matrix, nothing at all: 4 + 6 + 48 + 0 + 3 bytes.
+
+    Six bytes of nothing stand before the matrix, whose place is a multiple of eight.
+    """
     return {
         "scalar": torch.tensor(1.5),
         "half": torch.tensor([1.0, -2.0, 3.0], dtype=torch.bfloat16),
@@ -68,10 +81,16 @@ def same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
     )
 
 
-def copy_of(push: WeightPush) -> WeightPush:
+def push(
+    held: dict[str, torch.Tensor], version: int = 0, bucket_bytes: int = BUCKET_BYTES
+) -> WeightPush:
+    """The tensors, their bytes in the push itself."""
+    return push_of(version, pack(held, bucket_bytes=bucket_bytes), ObjectStore())
+
+
+def copy_of(sent: WeightPush) -> WeightPush:
     """The push as another process gets it: its own bytes, writable."""
-    buckets = tuple(dataclasses.replace(b, data=b.data.copy()) for b in push.buckets)
-    return dataclasses.replace(push, buckets=buckets)
+    return dataclasses.replace(sent, source=Carried(tuple(d.copy() for d in sent.source.data)))
 
 
 # --- buckets ---------------------------------------------------------------------------------
@@ -81,42 +100,76 @@ def copy_of(push: WeightPush) -> WeightPush:
     ("bucket_bytes", "expected"),
     [
         (1 << 20, [["scalar", "half", "matrix", "empty", "flags"]]),
-        (58, [["scalar", "half", "matrix", "empty"], ["flags"]]),
-        (57, [["scalar", "half"], ["matrix", "empty", "flags"]]),
+        (64, [["scalar", "half", "matrix", "empty"], ["flags"]]),
+        (63, [["scalar", "half"], ["matrix", "empty", "flags"]]),
         (10, [["scalar", "half"], ["matrix"], ["empty", "flags"]]),
         # A tensor larger than a bucket has one to itself. What holds nothing fits anywhere.
         (1, [["scalar"], ["half"], ["matrix"], ["empty"], ["flags"]]),
     ],
 )
 def test_buckets_hold_consecutive_tensors(bucket_bytes, expected):
-    push = pack(tensors(), version=3, bucket_bytes=bucket_bytes)
-    assert push.version == 3
-    assert [[slot.name for slot in bucket.slots] for bucket in push.buckets] == expected
+    packed = pack(tensors(), bucket_bytes=bucket_bytes)
+    assert [[slot.name for slot in bucket.slots] for bucket, _ in packed] == expected
     sizes = {"scalar": 4, "half": 6, "matrix": 48, "empty": 0, "flags": 3}
-    for bucket in push.buckets:
-        offset = 0
+    aligned = {"scalar": 4, "half": 2, "matrix": 8, "empty": 4, "flags": 1}
+    for bucket, data in packed:
+        end = 0
         for slot in bucket.slots:
-            assert (slot.offset, slot.size) == (offset, sizes[slot.name])
-            offset += slot.size
-        assert len(bucket.data) == offset
+            assert slot.size == sizes[slot.name]
+            assert slot.offset % aligned[slot.name] == 0
+            assert 0 <= slot.offset - end < 8
+            end = slot.offset + slot.size
+        assert len(data) == bucket.size == end
 
 
 def test_a_bucket_is_the_tensors_bytes():
-    (bucket,) = pack({"a": torch.tensor([1, 256]), "b": torch.tensor(True)}, version=0).buckets
-    assert bytes(bucket.data) == (1).to_bytes(8, "little") + (256).to_bytes(8, "little") + b"\x01"
+    ((_, data),) = pack({"b": torch.tensor(True), "a": torch.tensor([1, 256])})
+    eight = [(1).to_bytes(8, "little"), (256).to_bytes(8, "little")]
+    assert bytes(data.numpy()) == b"\x01" + 7 * b"\x00" + b"".join(eight)
+
+
+def test_tensors_can_travel_in_another_precision():
+    ((bucket, data),) = pack(
+        {"w": torch.tensor([1.0, -2.5]), "step": torch.tensor([7])}, torch.bfloat16
+    )
+    # bfloat16 is the upper half of a float32: 1.0 = 3f80 0000, -2.5 = c020 0000.
+    assert bytes(data.numpy()) == bytes.fromhex("803f20c0000000000700000000000000")
+    assert [slot.dtype for slot in bucket.slots] == ["bfloat16", "int64"]
+
+
+def test_the_device_checksum_tells_words_and_their_places_apart():
+    """Recomputed in Python's own integers."""
+
+    def by_hand(data: bytes) -> str:
+        padded = data + bytes(-len(data) % 8)
+        total = len(data)
+        for i in range(len(padded) // 8):
+            word = int.from_bytes(padded[8 * i : 8 * i + 8], "little")
+            mixed = word * 0x9E3779B97F4A7C15 % 2**64
+            signed = mixed - 2**64 if mixed >> 63 else mixed
+            total += (mixed ^ (signed >> 32) % 2**64) * (2 * i + 1)
+        return f"{total % 2**64:016x}"
+
+    data = np.random.default_rng(0).integers(0, 256, 1003, dtype=np.uint8)
+    assert device_checksum(torch.from_numpy(data)) == by_hand(data.tobytes())
+    swapped = data.copy()
+    swapped[:8], swapped[8:16] = data[8:16].copy(), data[:8].copy()
+    longer = np.append(data, np.uint8(0))
+    found = {device_checksum(torch.from_numpy(d)) for d in (data, swapped, longer, data[:-1])}
+    assert len(found) == 4
 
 
 @pytest.mark.parametrize("bucket_bytes", [1, 7, 10, 57, 1 << 20])
 def test_a_round_trip_keeps_every_byte(bucket_bytes):
     sent = tensors() | {"transposed": torch.arange(6.0).view(2, 3).T, "nan": torch.tensor([np.nan])}
-    push = pack(sent, version=1, bucket_bytes=bucket_bytes)
+    sent_push = push(sent, 1, bucket_bytes)
     held = blank(sent)
-    unpack_into(push, held)
+    unpack_into(sent_push, held)
     for name in sent:
         assert torch.equal(held[name], sent[name]) or name == "nan"
         assert held[name].dtype == sent[name].dtype
     assert held["nan"].isnan().all()
-    assert receipt_of(held, push) == Receipt(1, push.checksum)
+    assert receipt_of(held, sent_push) == Receipt(1, sent_push.checksum)
 
 
 @settings(deadline=None, max_examples=60)
@@ -135,106 +188,115 @@ def test_any_tensors_make_the_round_trip(shapes, bucket_bytes, seed):
         f"t{i}": torch.randint(-90, 90, shape, generator=generator).to(dtype)
         for i, (dtype, shape) in enumerate(shapes)
     }
-    push = pack(sent, version=seed, bucket_bytes=bucket_bytes)
+    sent_push = push(sent, seed, bucket_bytes)
     held = {name: torch.ones_like(tensor) for name, tensor in sent.items()}
-    unpack_into(push, held)
+    unpack_into(sent_push, held)
     assert all(same_bytes(held[name], sent[name]) for name in sent)
-    assert receipt_of(held, push) == Receipt(seed, push.checksum)
-    for bucket in push.buckets:
-        assert len(bucket.data) <= bucket_bytes or len(bucket.slots) == 1
+    assert receipt_of(held, sent_push) == Receipt(seed, sent_push.checksum)
+    for bucket in sent_push.buckets:
+        assert bucket.size <= bucket_bytes or len(bucket.slots) == 1
 
 
 def test_the_checksum_covers_the_buckets_in_order():
     one, other = torch.tensor([1.0]), torch.tensor([2.0])
-    push = pack({"a": one, "b": other}, version=0, bucket_bytes=4)
-    swapped = pack({"a": other, "b": one}, version=0, bucket_bytes=4)
-    assert {b.checksum for b in push.buckets} == {b.checksum for b in swapped.buckets}
-    assert push.checksum != swapped.checksum
+    straight = push({"a": one, "b": other}, bucket_bytes=4)
+    swapped = push({"a": other, "b": one}, bucket_bytes=4)
+    assert {b.checksum for b in straight.buckets} == {b.checksum for b in swapped.buckets}
+    assert straight.checksum != swapped.checksum
 
 
 @settings(deadline=None, max_examples=60)
 @given(
     bucket_bytes=st.sampled_from([1, 10, 1 << 20]), place=st.integers(0, 60), bit=st.integers(0, 7)
 )
-def test_any_flipped_bit_is_refused_and_nothing_is_copied(bucket_bytes, place, bit):
-    push = pack(tensors(), version=5, bucket_bytes=bucket_bytes)
-    arrived = copy_of(push)
-    flipped = np.concatenate([b.data for b in arrived.buckets])
-    assert len(flipped) == 61
+def test_any_flipped_bit_is_refused_and_its_bucket_not_copied(bucket_bytes, place, bit):
+    sent = push(tensors(), 5, bucket_bytes)
+    arrived = copy_of(sent)
+    data = arrived.source.data
     index, offset = 0, place
-    while offset >= len(arrived.buckets[index].data):
-        offset -= len(arrived.buckets[index].data)
+    while offset >= len(data[index]):
+        offset -= len(data[index])
         index += 1
-    arrived.buckets[index].data[offset] ^= 1 << bit
-    assert checksum_of(arrived.buckets[index].data) != push.buckets[index].checksum
+    data[index][offset] ^= 1 << bit
+    assert checksum_of(torch.from_numpy(data[index])) != sent.buckets[index].checksum
 
     held = blank(tensors())
     with pytest.raises(SyncError, match=f"version 5: bucket {index} arrived corrupted"):
         unpack_into(arrived, held)
-    assert not any(tensor.any() for tensor in held.values())
+    refused = {slot.name for bucket in sent.buckets[index:] for slot in bucket.slots}
+    assert not any(held[name].any() for name in refused)
 
 
 def test_names_that_differ_are_named_and_nothing_is_copied():
-    push = pack({"a": torch.ones(2), "lm_head": torch.ones(3)}, version=2)
+    sent = push({"a": torch.ones(2), "lm_head": torch.ones(3)}, version=2)
     held = {"a": torch.zeros(2), "norm": torch.zeros(3)}
     said = r"version 2: tensors missing \['norm'\], unknown \['lm_head'\]"
     with pytest.raises(SyncError, match=said):
-        unpack_into(push, held)
+        unpack_into(sent, held)
     assert not held["a"].any()
 
 
 def test_a_lost_bucket_is_refused():
-    push = pack({"a": torch.ones(2), "b": torch.ones(3)}, version=2, bucket_bytes=1)
-    torn = dataclasses.replace(push, buckets=push.buckets[:1])
+    sent = push({"a": torch.ones(2), "b": torch.ones(3)}, version=2, bucket_bytes=1)
+    held = {"a": torch.zeros(2), "b": torch.zeros(3)}
+    torn = dataclasses.replace(sent, buckets=sent.buckets[:1])
     with pytest.raises(SyncError, match=r"tensors missing \['b'\], unknown \[\]"):
-        unpack_into(torn, {"a": torch.zeros(2), "b": torch.zeros(3)})
+        unpack_into(torn, held)
+    with pytest.raises(SyncError, match="version 2: lists 1 buckets, which are not those"):
+        list(arriving(torn))
+    lost = dataclasses.replace(sent, source=Carried(sent.source.data[:1]))
+    with pytest.raises(SyncError, match="version 2: 1 of 2 buckets came"):
+        unpack_into(lost, held)
 
 
 @pytest.mark.parametrize("shape", [(3, 2), (6,), (2, 3, 1), (7,), ()])
 def test_another_shape_is_named_and_nothing_is_copied(shape):
-    push = pack({"a": torch.ones(2), "layer.weight": torch.ones(2, 3)}, version=4)
+    sent = push({"a": torch.ones(2), "layer.weight": torch.ones(2, 3)}, version=4)
     held = {"a": torch.zeros(2), "layer.weight": torch.zeros(shape)}
     said = "version 4: layer.weight has shape .2, 3., the generator's has " + str(shape).replace(
         "(", r"\("
     ).replace(")", r"\)")
     with pytest.raises(SyncError, match=said):
-        unpack_into(push, held)
+        unpack_into(sent, held)
     assert not held["a"].any()
 
 
 def test_a_receipt_is_of_the_tensors_as_they_stand():
-    push = pack(tensors(), version=9, bucket_bytes=10)
+    sent = push(tensors(), 9, bucket_bytes=10)
     held = blank(tensors())
-    unpack_into(push, held)
-    assert receipt_of(held, push) == Receipt(9, push.checksum)
+    unpack_into(sent, held)
+    assert receipt_of(held, sent) == Receipt(9, sent.checksum)
     for name in ("scalar", "half", "matrix", "flags"):
         stale = held | {name: torch.zeros_like(held[name])}
-        assert receipt_of(stale, push).checksum != push.checksum, name
+        assert receipt_of(stale, sent).checksum != sent.checksum, name
 
 
 def test_a_receipt_shows_weights_kept_in_another_precision():
-    sent = {"a": torch.tensor([1.0, 2.0])}
-    push = pack(sent, version=0)
+    sent = push({"a": torch.tensor([1.0, 2.0])})
     held = {"a": torch.zeros(2, dtype=torch.bfloat16)}
-    unpack_into(push, held)
+    unpack_into(sent, held)
     assert held["a"].tolist() == [1.0, 2.0]
-    assert receipt_of(held, push).checksum != push.checksum
+    assert receipt_of(held, sent).checksum != sent.checksum
 
 
 # --- the proof, with workers that lie --------------------------------------------------------
 
 
 class Result:
-    """A future; an exception among the values is raised where it is asked for."""
+    """A future that is there already, or has failed already."""
 
-    def __init__(self, value: Any) -> None:
+    def __init__(self, value: Any = None, error: Exception | None = None) -> None:
         self._value = value
+        self._error = error
 
     def result(self) -> Any:
+        if self._error is not None:
+            raise self._error
         return self._value
 
 
 PROBE = np.arange(150)
+GAP_LIMIT = 1e-3
 
 
 def continuation(version: int, ids: list[int], logprobs: list[float]) -> Completion:
@@ -246,25 +308,25 @@ class FakeLearner:
 
     def __init__(self) -> None:
         self.version = 0
-        self.calls: list[str] = []
+        self.calls: list[tuple[str, tuple[object, ...]]] = []
 
     def submit(self, method: str, *args: object) -> Result:
-        self.calls.append(method)
+        self.calls.append((method, args))
         if method == "update":
             self.version += 1
             return Result({})
         if method == "weights":
-            return Result(push_of(self.version))
+            return Result(version_push(self.version))
         if method == "sent":
-            return Result(Receipt(self.version, push_of(self.version).checksum))
+            return Result(Receipt(self.version, version_push(self.version).checksum))
         assert method == "probe"
         assert args[0] is PROBE
         assert args[1] == PROBE_NEW_TOKENS
         return Result(continuation(self.version, [1, 2, 3, 4], logprobs_of(self.version)))
 
 
-def push_of(version: int) -> WeightPush:
-    return pack({"w": torch.tensor([float(version)])}, version)
+def version_push(version: int) -> WeightPush:
+    return push({"w": torch.tensor([float(version)])}, version)
 
 
 def logprobs_of(version: int) -> list[float]:
@@ -272,45 +334,61 @@ def logprobs_of(version: int) -> list[float]:
 
 
 class FakeGenerator:
-    """An honest generator; the subclasses below are not."""
+    """An honest generator that samples its weights; the subclasses below are not honest."""
 
     gap = 0.0
 
     def __init__(self) -> None:
         self.version = -1
         self.weights = {"w": torch.tensor([-1.0])}
-        self.calls: list[str] = []
+        self.standing = Standing()
 
-    def submit(self, method: str, *args: Any) -> Result:
-        self.calls.append(method)
-        if method == "load":
-            return Result(self.load(args[0].result()))
-        assert method == "probe"
-        return Result(self.probe())
+    def load(self, sent: WeightPush) -> Receipt:
+        with self.standing.receiving():
+            self.take(sent)
+        self.standing.received = self.receipt(sent)
+        return self.standing.received
 
-    def load(self, push: WeightPush) -> Receipt:
-        unpack_into(push, self.weights)
-        self.version = push.version
-        return receipt_of(self.weights, push)
+    def take(self, sent: WeightPush) -> None:
+        unpack_into(sent, self.weights)
+        self.version = sent.version
+
+    def receipt(self, sent: WeightPush) -> Receipt:
+        return dataclasses.replace(receipt_of(self.weights, sent), version=self.version)
+
+    def prove(
+        self, prompt_ids: IntArray, sent: Receipt, expected: Completion, limit: float
+    ) -> Proof:
+        assert prompt_ids is PROBE
+        return self.standing.prove(sent, self.probe, expected, limit)
 
     def probe(self) -> Completion:
         logprobs = logprobs_of(int(self.weights["w"].item()))
         logprobs[2] += self.gap
         return continuation(self.version, [1, 2, 3, 4], logprobs)
 
+    def sample(self, request: SampleRequest) -> SampledUnit:
+        self.standing.check()
+        sample = dataclasses.replace(
+            continuation(self.version, [1], [float(self.weights["w"].item())]),
+            position=request.prompts[0].position,
+        )
+        return SampledUnit(((sample,),), 0.0)
+
 
 class Lazy(FakeGenerator):
-    """Says it loaded, and keeps what it had."""
+    """Says it loaded the version, and keeps what it had."""
 
-    def load(self, push: WeightPush) -> Receipt:
-        return receipt_of(self.weights, push)
+    def take(self, sent: WeightPush) -> None:
+        self.version = sent.version
 
 
 class Behind(FakeGenerator):
     """Has the bytes, but counts another version."""
 
-    def load(self, push: WeightPush) -> Receipt:
-        return dataclasses.replace(super().load(push), version=push.version - 1)
+    def take(self, sent: WeightPush) -> None:
+        super().take(sent)
+        self.version -= 1
 
 
 class Cached(FakeGenerator):
@@ -330,21 +408,57 @@ class Close(FakeGenerator):
 class Drifting(FakeGenerator):
     """Further from the learner with every version: each proof has its own gap."""
 
-    def load(self, push: WeightPush) -> Receipt:
-        self.gap = (push.version + 1) * GAP_LIMIT / 4
-        return super().load(push)
+    def take(self, sent: WeightPush) -> None:
+        self.gap = (sent.version + 1) * GAP_LIMIT / 4
+        super().take(sent)
 
 
-def learner_and_sync(*generators: FakeGenerator) -> tuple[RemoteLearner, WeightSync, FakeLearner]:
-    fake = FakeLearner()
-    return RemoteLearner(fake), WeightSync(generators, PROBE), fake
+class Slot:
+    """A handle whose worker comes from a list of kinds: each restart takes the next one."""
+
+    def __init__(self, *kinds: type[FakeGenerator]) -> None:
+        self._kinds = list(kinds)
+        self.worker: Any = None
+        self.calls: list[str] = []
+        self.restart()
+        self.calls.clear()
+
+    def submit(self, method: str, *args: Any) -> Result:
+        self.calls.append(method)
+        if self.worker is None:
+            return Result(error=WorkerDied("the process of generator ended"))
+        try:
+            values = [arg.result() if isinstance(arg, Result) else arg for arg in args]
+            return Result(getattr(self.worker, method)(*values))
+        except (SyncError, WorkerDied) as error:
+            if isinstance(error, WorkerDied):
+                self.worker = None
+            return Result(error=error)
+
+    def restart(self) -> None:
+        self.calls.append("restart")
+        self.worker = (self._kinds.pop(0) if len(self._kinds) > 1 else self._kinds[0])()
+
+
+def replicas(*slots: Slot) -> list[Replica]:
+    return [Replica(i, slot, PROBE, GAP_LIMIT) for i, slot in enumerate(slots)]
+
+
+def learner_and_sync(
+    *kinds: type[FakeGenerator],
+) -> tuple[RemoteLearner, WeightSync, FakeLearner, list[Slot]]:
+    fake, slots = FakeLearner(), [Slot(kind) for kind in kinds]
+    return RemoteLearner(fake), WeightSync(replicas(*slots), PROBE), fake, slots
+
+
+NO_AVAIL = r" \(pushed again, then restarted, to no avail\)$"
 
 
 @pytest.mark.parametrize(
     ("liar", "said"),
     [
         (Lazy, "generator 1 answered a push of version 0 .checksum {sent}. with version 0 "),
-        (Behind, "generator 1 answered a push of version 0 .* with version -1 .checksum {sent}.$"),
+        (Behind, "generator 1 answered a push of version 0 .* with version -1 .checksum {sent}."),
         (
             Cached,
             r"generator 1 holds version 0, but .* by 0\.0015 nats a token .limit 0\.001.",
@@ -352,42 +466,180 @@ def learner_and_sync(*generators: FakeGenerator) -> tuple[RemoteLearner, WeightS
         (NotANumber, "generator 1 holds version 0, but its probe .* by nan nats"),
     ],
 )
-def test_a_generator_that_did_not_take_the_weights_is_named(liar, said):
-    learner, sync, _ = learner_and_sync(FakeGenerator(), liar(), FakeGenerator())
+def test_a_generator_that_never_takes_the_weights_is_named(liar, said):
+    learner, sync, _, slots = learner_and_sync(FakeGenerator, liar, FakeGenerator)
     sync.push(learner)
-    with pytest.raises(SyncError, match=said.format(sent=push_of(0).checksum)):
+    with pytest.raises(SyncError, match=said.format(sent=version_push(0).checksum)) as stopped:
         sync.prove(0)
+    assert re.search(NO_AVAIL, str(stopped.value))
+    assert slots[1].calls == ["load", "prove", "load", "prove", "restart", "load", "prove"]
+
+
+def request(position: int) -> SampleRequest:
+    prompt = Prompt(position, np.array([1], np.int64), "x")
+    return SampleRequest((prompt,), 1, 0, "sampling")
+
+
+class DeafOnce(FakeGenerator):
+    """Misses the first push."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.missed = False
+
+    def take(self, sent: WeightPush) -> None:
+        self.version = sent.version
+        if self.missed:
+            super().take(sent)
+        self.missed = True
+
+
+def test_a_missed_push_is_made_again_and_nothing_was_sampled_from_it():
+    learner, slot = RemoteLearner(FakeLearner()), Slot(DeafOnce)
+    (replica,) = replicas(slot)
+    sync = WeightSync([replica], PROBE)
+    sync.push(learner)
+    units = [replica.sample(request(0)), replica.sample(request(1))]
+    with pytest.raises(SyncError, match="does not sample: it answered a push of version 0"):
+        units[0].future.result()
+    assert sync.prove(0) == 0.0
+    assert [unit.result().completions[0][0].logprobs[0] for unit in units] == [0.0, 0.0]
+    assert [unit.attempt for unit in units] == [2, 2]
+    assert slot.calls == 2 * ["load", "prove", "sample", "sample"]
+
+
+def test_a_replica_that_pushing_again_does_not_mend_is_restarted():
+    learner, slot = RemoteLearner(FakeLearner()), Slot(Cached, FakeGenerator)
+    (replica,) = replicas(slot)
+    sync = WeightSync([replica], PROBE)
+    sync.push(learner)
+    unit = replica.sample(request(3))
+    (completion,) = unit.result().completions[0]
+    assert (completion.position, completion.version, unit.attempt) == (3, 0, 3)
+    assert slot.calls.count("restart") == 1
+    assert sync.prove(0) == 0.0
+
+
+class Mortal(FakeGenerator):
+    """Dies while it samples the prompt at position 1, for the first time in the test."""
+
+    deaths = 0
+
+    def sample(self, request: SampleRequest) -> SampledUnit:
+        if request.prompts[0].position == 1 and not Mortal.deaths:
+            Mortal.deaths += 1
+            raise WorkerDied("the process of generator ended")
+        return super().sample(request)
+
+
+def test_a_death_between_two_versions_loses_nothing_and_doubles_nothing(monkeypatch):
+    """Two rounds in flight, by versions 0 and 1: each is sampled again by its own version."""
+    monkeypatch.setattr(Mortal, "deaths", 0)
+    fake, slot = FakeLearner(), Slot(Mortal)
+    learner = RemoteLearner(fake)
+    (replica,) = replicas(slot)
+    sync = WeightSync([replica], PROBE)
+    sync.push(learner)
+    first = [replica.sample(request(i)) for i in (0, 1)]
+    learner.update(UpdateBatch((), ()))
+    sync.push(learner)
+    second = [replica.sample(request(i)) for i in (2, 3)]
+
+    found = [unit.result().completions[0][0] for unit in (*first, *second)]
+    assert [(c.position, c.version, float(c.logprobs[0])) for c in found] == [
+        (0, 0, 0.0),
+        (1, 0, 0.0),
+        (2, 1, 1.0),
+        (3, 1, 1.0),
+    ]
+    # Position 0 had come before: it is not asked for again.
+    assert [unit.attempt for unit in (*first, *second)] == [1, 2, 2, 2]
+    assert (sync.prove(0), sync.prove(1)) == (0.0, 0.0)
+    again = slot.calls[slot.calls.index("restart") :]
+    assert again == ["restart", "load", "prove", "sample", "load", "prove", "sample", "sample"]
+
+
+class Doomed(FakeGenerator):
+    """Dies of every prompt."""
+
+    def sample(self, request: SampleRequest) -> SampledUnit:
+        raise WorkerDied("the process of generator 0 ended")
+
+
+def test_a_replica_that_dies_of_a_unit_again_and_again_ends_the_run():
+    slot = Slot(Doomed)
+    (replica,) = replicas(slot)
+    WeightSync([replica], PROBE).push(RemoteLearner(FakeLearner()))
+    unit = replica.sample(request(0))
+    said = r"^the process of generator 0 ended \(restarted 2 times, to no avail\)$"
+    with pytest.raises(WorkerDied, match=said):
+        unit.result()
+    assert slot.calls.count("restart") == 2
+
+
+def test_weights_are_kept_for_as_long_as_a_restart_may_need_them():
+    """What the learner may forget: versions below the oldest whose samples are still owed."""
+    fake = FakeLearner()
+    learner = RemoteLearner(fake)
+    (replica,) = replicas(Slot(FakeGenerator))
+    sync = WeightSync([replica], PROBE)
+    units = []
+    for _ in range(3):
+        sync.push(learner)
+        units.append(replica.sample(request(learner.version)))
+        learner.update(UpdateBatch((), ()))
+    units[0].result()
+    sync.push(learner)
+    kept = [args[0] for method, args in fake.calls if method == "weights"]
+    assert kept == [0, 0, 0, 1]  # version 0 is what the unit that was read came from
+    for unit in units:
+        unit.result()
+    learner.update(UpdateBatch((), ()))
+    sync.push(learner)
+    assert fake.calls[-3] == ("weights", (3,))  # a restart needs what is held now
+
+
+def test_a_learner_that_died_is_not_blamed_on_a_generator():
+    class DeadLearner(FakeLearner):
+        def submit(self, method: str, *args: object) -> Result:
+            return Result(error=WorkerDied("the process of learner ended"))
+
+    slot = Slot(FakeGenerator)
+    sync = WeightSync(replicas(slot), PROBE)
+    sync.push(RemoteLearner(DeadLearner()))
+    with pytest.raises(WorkerDied, match="^the process of learner ended$"):
+        sync.prove(0)
+    assert "restart" not in slot.calls
 
 
 def test_the_gap_is_the_largest_over_the_generators_and_is_remembered():
-    learner, sync, _ = learner_and_sync(FakeGenerator(), Close(), FakeGenerator())
+    learner, sync, _, _ = learner_and_sync(FakeGenerator, Close, FakeGenerator)
     sync.push(learner)
     assert sync.prove(0) == pytest.approx(0.5 * GAP_LIMIT, rel=1e-3)
     assert sync.prove(0) == pytest.approx(0.5 * GAP_LIMIT, rel=1e-3)
-    honest, all_honest, _ = learner_and_sync(FakeGenerator())
+    honest, all_honest, _, _ = learner_and_sync(FakeGenerator)
     all_honest.push(honest)
     assert all_honest.prove(0) == 0.0
 
 
 def test_an_unchanged_version_is_not_sent_again():
-    generator = FakeGenerator()
-    learner, sync, fake = learner_and_sync(generator)
+    learner, sync, fake, (slot,) = learner_and_sync(FakeGenerator)
     sync.push(learner)
     sync.push(learner)
     sync.prove(0)
     sync.push(learner)
-    assert generator.calls == ["load", "probe"]
-    assert fake.calls == ["weights", "sent", "probe"]
+    assert slot.calls == ["load", "prove"]
+    assert [method for method, _ in fake.calls] == ["weights", "sent", "probe"]
     learner.update(UpdateBatch((), ()))
     sync.push(learner)
     sync.push(learner)
-    assert generator.calls == ["load", "probe"] * 2
+    assert slot.calls == ["load", "prove"] * 2
     assert sync.prove(1) == 0.0
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_two_pushes_wait_to_be_proved_in_either_order(order):
-    learner, sync, _ = learner_and_sync(Drifting())
+    learner, sync, _, _ = learner_and_sync(Drifting)
     sync.push(learner)
     learner.update(UpdateBatch((), ()))
     sync.push(learner)
@@ -431,6 +683,11 @@ def workers(tiny_model):
     return RemoteLearner(learner), generators, np.array([1, *(3 + np.arange(31) % 21)], np.int64)
 
 
+def sync_of(generators: Sequence[Any], probe_ids: IntArray) -> WeightSync:
+    both = [Replica(i, g, probe_ids, GAP_LIMIT) for i, g in enumerate(generators)]
+    return WeightSync(both, probe_ids)
+
+
 def sample(generator: InlineHandle) -> list[Completion]:
     prompts = tuple(Prompt(i, np.array([1, 3 + i], np.int64), tiny.WORDS[3 + i]) for i in range(8))
     unit = generator.submit("sample", SampleRequest(prompts, 2, 0, "sampling")).result()
@@ -456,7 +713,7 @@ def learn(learner: RemoteLearner, completions: list[Completion]) -> None:
 
 def test_a_push_after_an_update_changes_what_is_sampled(workers):
     learner, generators, probe_ids = workers
-    sync = WeightSync(generators, probe_ids)
+    sync = sync_of(generators, probe_ids)
     sync.push(learner)
     assert 0.0 <= sync.prove(0) < 1e-4
     before = sample(generators[0])
@@ -479,7 +736,7 @@ def test_a_push_after_an_update_changes_what_is_sampled(workers):
 def test_a_push_that_a_generator_misses_is_found_out(workers):
     """The receipt is faked: only the probe can tell that the weights are version 0's."""
     learner, generators, probe_ids = workers
-    sync = WeightSync(generators, probe_ids)
+    sync = sync_of(generators, probe_ids)
     sync.push(learner)
     sync.prove(0)
     learn(learner, sample(generators[0]))
@@ -487,27 +744,32 @@ def test_a_push_that_a_generator_misses_is_found_out(workers):
     class Deaf:
         def submit(self, method: str, *args: Any) -> Any:
             if method == "load":
+                generators[1]._worker._standing.received = learner.sent().result()
                 return learner.sent()
             return generators[1].submit(method, *args)
 
-    deaf = WeightSync([generators[0], Deaf()], probe_ids)
+        def restart(self) -> None:
+            """It is as deaf as before."""
+
+    deaf = sync_of([generators[0], Deaf()], probe_ids)
     deaf.push(learner)
     with pytest.raises(SyncError, match="generator 1 holds version 1, but its probe differs"):
         deaf.prove(1)
 
 
-def test_a_corrupted_push_is_refused_and_the_version_stays(workers):
+def test_a_corrupted_push_is_refused_and_nothing_sampled_until_the_next(workers):
     learner, (generator, _), probe_ids = workers
-    WeightSync([generator], probe_ids).push(learner)
+    sync_of([generator], probe_ids).push(learner)
     before = sample(generator)
     learn(learner, before)
-    arrived = copy_of(learner.weights().result())
-    arrived.buckets[0].data[-1] ^= 1
+    arrived = copy_of(learner.weights(0).result())
+    arrived.source.data[0][-1] ^= 1
     with pytest.raises(SyncError, match="version 1: bucket 0 arrived corrupted"):
-        generator.submit("load", arrived)
-    again = sample(generator)
-    assert {c.version for c in again} == {0}
-    assert [c.logprobs.tolist() for c in again] == [c.logprobs.tolist() for c in before]
+        generator.submit("load", arrived).result()
+    with pytest.raises(SyncError, match="does not sample: it weight push of version 1: bucket 0"):
+        sample(generator)
+    sync_of([generator], probe_ids).push(learner)
+    assert {c.version for c in sample(generator)} == {1}
 
 
 def test_weights_of_another_model_are_refused(workers, tmp_path):
@@ -515,4 +777,4 @@ def test_weights_of_another_model_are_refused(workers, tmp_path):
     other = tiny.save_model(tmp_path / "other", words=tiny.WORDS[:-1])
     learner = Learner(PolicyOptions(model=str(other)), LearnerOptions(), DpoOptions(), updates=1)
     with pytest.raises(SyncError, match=r"embed_tokens.weight has shape \(23, 32\).*\(24, 32\)"):
-        generator.submit("load", learner.weights())
+        generator.submit("load", learner.weights()).result()

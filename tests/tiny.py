@@ -157,7 +157,7 @@ def config(model: Path, folder: Path, **sections: Mapping[str, Any]) -> Config:
         "policy": {"model": str(model)},
         "prompts": {"path": str(prompts)},
         "sampling": {"prompts_per_update": 4, "max_new_tokens": 8},
-        "generator": {"threads": 1},
+        "generator": {"backend": "transformers", "threads": 1},
         "judge": {"name": f"{folder / 'judge.py'}:score"},
         "learner": {"learning_rate": 1e-2, "threads": 1},
         "checkpoint": {"every": 2},

@@ -38,7 +38,8 @@ class Completion:
 
     ``ids`` [T] end in an EOS only if it was sampled (``finished``). ``logprobs`` [T] are under the
     plain softmax at temperature 1; ``sampling_logprobs`` [T] under the distribution it was really
-    drawn from, None where that is the same. ``version`` is the policy version that wrote it.
+    drawn from, None where that is the same. ``version`` is the policy version that wrote it: its
+    first token, where ``last_version`` names another that wrote the last (in-flight updates).
     ``reference_logprobs`` [T] are filled in once a reference has scored it. ``reference_share`` μ
     says whose sample it is: of π^(1−μ)·π_ref^μ, normalised token by token; 0 is the policy's own.
     """
@@ -54,6 +55,7 @@ class Completion:
     text: str
     reference_logprobs: FloatArray | None = None
     reference_share: float = 0.0
+    last_version: int | None = None
 
     @property
     def behaviour_logprobs(self) -> FloatArray:
@@ -150,6 +152,13 @@ class Round:
     seconds: Mapping[str, float]
     logprob_gap: float | None = None
     reference_version: int | None = None
+
+    @property
+    def versions(self) -> list[int]:
+        """Whose proof is due: the version asked for, and those that wrote first and last tokens."""
+        written = {c.version for c in self.completions}
+        written |= {c.last_version for c in self.completions if c.last_version is not None}
+        return sorted({self.version} | written)
 
     @property
     def completions(self) -> list[Completion]:

@@ -32,19 +32,21 @@ def draw(
     top_k: int | None = None,
     top_p: float = 1.0,
     mixed_BV: Tensor | None = None,
+    min_p: float = 0.0,
 ) -> Drawn:
     """Sample one token a row from ``softmax(logits / temperature)``, truncated.
 
-    ``uniforms_B`` are float64 in [0, 1). Truncation is top-k, then top-p among what is left, as in
-    transformers and vLLM. ``mixed_BV`` are the logits to sample from where that is not the policy
+    ``uniforms_B`` are float64 in [0, 1). Truncation is min-p, then top-k, then top-p among what is
+    left, as in vLLM. ``mixed_BV`` are the logits to sample from where that is not the policy
     alone; ``logits_BV`` are its own, and give the plain log-probabilities, all the same.
     """
     logits_BV = logits_BV.float()
-    if mixed_BV is None and temperature == 1.0 and top_k is None and top_p >= 1.0:
+    plain = temperature == 1.0 and top_k is None and top_p >= 1.0 and min_p == 0.0
+    if mixed_BV is None and plain:
         ids_B, logprobs_B = _inverse_cdf(logits_BV, uniforms_B)
         return Drawn(ids_B, logprobs_B, logprobs_B)
     source_BV = logits_BV if mixed_BV is None else mixed_BV.float()
-    sampled_BV = truncate(source_BV / temperature, top_k, top_p)
+    sampled_BV = truncate(source_BV / temperature, top_k, top_p, min_p)
     ids_B, sampling_logprobs_B = _inverse_cdf(sampled_BV, uniforms_B)
     return Drawn(ids_B, logprobs_of(logits_BV, ids_B), sampling_logprobs_B)
 
@@ -66,12 +68,16 @@ def logprobs_of(logits_BV: Tensor, ids_B: Tensor) -> Tensor:
     return picked_B - torch.logsumexp(logits_BV, dim=-1)
 
 
-def truncate(logits_BV: Tensor, top_k: int | None, top_p: float) -> Tensor:
-    """Set the logits outside the top k, then outside the nucleus of mass top_p, to −∞.
+def truncate(logits_BV: Tensor, top_k: int | None, top_p: float, min_p: float = 0.0) -> Tensor:
+    """Set to −∞ the logits below min_p, then outside the top k, then outside the nucleus of top_p.
 
+    Below min_p is what is less likely than min_p times the most likely token.
     The nucleus is the smallest set of most likely tokens whose probability reaches top_p; the most
     likely token always stays.
     """
+    if min_p > 0.0:
+        floor = logits_BV.amax(-1, keepdim=True) + math.log(min_p)
+        logits_BV = logits_BV.masked_fill(logits_BV < floor, -math.inf)
     if top_k is not None and top_k < logits_BV.shape[-1]:
         floor = logits_BV.topk(top_k, dim=-1).values[:, -1:]
         logits_BV = logits_BV.masked_fill(logits_BV < floor, -math.inf)

@@ -12,15 +12,24 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from workers.detokenizer import completion_text
+from workers.endings import endings_of
 from workers.generator import SampledUnit, SampleRequest, SamplingOptions
 from workers.kv_cache import preallocated_cache
 from workers.messages import Completion, IntArray, Prompt, probe_completion
 from workers.models.load import load_policy
+from workers.models.lora import frozen_copy, trainable
 from workers.models.resolve import resolve_model
 from workers.options import PolicyOptions
 from workers.sampler import draw, geometric_mixture, logprobs_of, request_uniforms
 from workers.seeds import derive_seed
-from workers.weight_sync.buckets import Receipt, WeightPush, receipt_of, unpack_into
+from workers.weight_sync.buckets import (
+    Receipt,
+    WeightPush,
+    receipt_of,
+    unpack_into,
+)
+from workers.weight_sync.proof import Proof, Standing
 
 
 @dataclass(slots=True)
@@ -48,23 +57,43 @@ class TransformersGenerator:
         self, policy: PolicyOptions, sampling: SamplingOptions, reference: bool = False
     ) -> None:
         self.version = -1
+        self._standing = Standing()
         self._sampling = sampling
         self._model = load_policy(policy).requires_grad_(False)
-        self._reference = load_policy(policy).requires_grad_(False) if reference else None
-        self._tokenizer = AutoTokenizer.from_pretrained(resolve_model(policy.model))
-        self._eos = torch.tensor(eos_ids(self._model, self._tokenizer))
+        self._reference = frozen_copy(self._model) if reference else None
+        location = resolve_model(policy.model)
+        self._tokenizer = AutoTokenizer.from_pretrained(location)
+        self._endings = endings_of(location, self._tokenizer, sampling)
 
     def load(self, push: WeightPush) -> Receipt:
         """Copy the weights in and checksum what now stands in the model.
 
-        Raises SyncError if they arrived corrupted or do not fit; the version is then unchanged.
+        Raises SyncError if they arrived corrupted or do not fit: nothing is sampled then until a
+        later push.
         """
         began = time.perf_counter()
-        tensors = dict(self._model.named_parameters())
-        unpack_into(push, tensors)
+        with self._standing.receiving():
+            tensors = trainable(self._model)
+            unpack_into(push, tensors)
         self.version = push.version
         receipt = receipt_of(tensors, push)
-        return replace(receipt, seconds=time.perf_counter() - began)
+        self._standing.received = replace(receipt, seconds=time.perf_counter() - began)
+        return self._standing.received
+
+    def prove(
+        self, prompt_ids: IntArray, sent: Receipt, expected: Completion, limit: float
+    ) -> Proof:
+        """Show that the last push is what is sampled: its receipt and a greedy continuation.
+
+        Raises SyncError if either is not what the learner says; nothing is sampled then until a
+        later push is proved.
+        """
+        return self._standing.prove(
+            sent, lambda: self.probe(prompt_ids, len(expected.ids)), expected, limit
+        )
+
+    def rest(self) -> None:
+        """Nothing: a model on the CPU has no memory to give back."""
 
     @torch.inference_mode()
     def sample(self, request: SampleRequest) -> SampledUnit:
@@ -72,9 +101,10 @@ class TransformersGenerator:
 
         Those of one prompt and one reference share have their prefill in common. Raises ValueError
         for reference shares that are not one in [0, 1] a sample, or that need a reference where
-        this generator has none.
+        this generator has none, SyncError where the last push did not arrive or was refuted.
         """
         began = time.perf_counter()
+        self._standing.check()
         shares = self._shares(request)
         rows = [
             _Row(prompt, sample, self._seed(request, prompt, sample), share, [], [], [])
@@ -131,17 +161,16 @@ class TransformersGenerator:
                 options.top_k,
                 options.top_p,
                 mixed,
+                options.min_p,
             )
-            ended = torch.isin(drawn.ids_B, self._eos)
-            columns = zip(
-                alive.tolist(), *(column.tolist() for column in (*drawn, ended)), strict=True
-            )
-            for index, token, logprob, sampling_logprob, is_end in columns:
+            columns = zip(alive.tolist(), *(column.tolist() for column in drawn), strict=True)
+            for index, token, logprob, sampling_logprob in columns:
                 row = rows[index]
                 row.ids.append(token)
                 row.logprobs.append(logprob)
                 row.sampling_logprobs.append(sampling_logprob)
-                row.finished = is_end
+                row.finished = self._ends(row)
+            ended = torch.tensor([rows[index].finished for index in alive.tolist()])
             if step + 1 == limit or bool(ended.all()):
                 return
             keep = (~ended).nonzero().squeeze(-1)
@@ -150,6 +179,14 @@ class TransformersGenerator:
                 alive, next_ids = alive[keep], next_ids[keep]
                 forward.keep(keep)
             logits, mixed = forward.step(next_ids)
+
+    def _ends(self, row: _Row) -> bool:
+        if row.ids[-1] in self._endings.token_ids:
+            return True
+        if not self._endings.strings:
+            return False
+        text = completion_text(self._tokenizer, row.prompt.ids, row.ids)
+        return any(string in text for string in self._endings.strings)
 
     def _completion(self, row: _Row) -> Completion:
         logprobs = np.array(row.logprobs, np.float32)
@@ -163,17 +200,9 @@ class TransformersGenerator:
             logprobs=logprobs,
             sampling_logprobs=sampling if self._sampling.reshapes or row.share > 0.0 else None,
             finished=row.finished,
-            text=self._text(row.prompt.ids, row.ids),
+            text=completion_text(self._tokenizer, row.prompt.ids, row.ids),
             reference_share=row.share,
         )
-
-    def _text(self, prompt_ids: IntArray, ids: list[int]) -> str:
-        """The completion as it stands after its prompt: decoded alone it may lose a first space."""
-        before = self._tokenizer.decode(prompt_ids, skip_special_tokens=True)
-        both = self._tokenizer.decode([*prompt_ids.tolist(), *ids], skip_special_tokens=True)
-        if both.startswith(before):
-            return str(both[len(before) :])
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
     @torch.inference_mode()
     def probe(self, prompt_ids: IntArray, new_tokens: int) -> Completion:
@@ -275,13 +304,3 @@ class _MixedForward:
         """Go on with these rows only."""
         for forward in self._forwards:
             forward.keep(rows)
-
-
-def eos_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Every token that ends a completion: the generation config's, the model's, the tokenizer's."""
-    found: set[int] = set()
-    for source in (model.generation_config, model.config, tokenizer):
-        ids = getattr(source, "eos_token_id", None)
-        if ids is not None:
-            found |= set(ids) if isinstance(ids, list | tuple) else {int(ids)}
-    return sorted(found)

@@ -15,14 +15,17 @@ from workers.judge_worker import JudgeOptions
 class WorkerPlan:
     """How to build one worker, wherever it will run: called there, with these CPU threads.
 
-    ``build`` imports what it needs (torch, a judge's library) only when it is called. ``cpus`` are
-    what a scheduler sets aside for it.
+    ``build`` imports what it needs (torch, a judge's library) only when it is called. ``cpus`` and
+    ``gpus`` are what a scheduler sets aside for it. The methods named in ``beside`` run in order
+    among themselves but beside the others, on a thread of their own, where there are threads.
     """
 
     name: str
     build: Callable[[], Any]
     threads: int
     cpus: int
+    gpus: float = 0.0
+    beside: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +51,20 @@ class Crew:
 
 
 def plan_crew(cfg: Config, generator_threads: int, learner_threads: int) -> CrewPlan:
-    """The workers a config asks for. The judge shares a core: it works while others wait."""
+    """The workers a config asks for.
+
+    The judge shares a core: it works while others wait; so does the learner of a synchronous run.
+    """
+    overlapping = cfg.resampling.rounds_in_flight > 0
+
+    backend = cfg.generator.backend_for(cfg.objective.needs)
 
     def generator() -> Any:
+        if backend == "vllm":
+            from workers.vllm_generator import VllmGenerator
+
+            weighted = cfg.objective.needs.sampling_logprobs
+            return VllmGenerator(cfg.policy, cfg.sampling, cfg.generator, weighted)
         from workers.transformers_generator import TransformersGenerator
 
         opponent = cfg.objective.needs.opponent > 0.0
@@ -66,6 +80,8 @@ def plan_crew(cfg: Config, generator_threads: int, learner_threads: int) -> Crew
             cfg.run.updates,
             cfg.reference,
             keep_reference=cfg.drift.reference,
+            transport=cfg.generator.moves_by,
+            push_dtype=cfg.generator.dtype_for(cfg.policy),
         )
 
     def judge() -> Any:
@@ -75,11 +91,18 @@ def plan_crew(cfg: Config, generator_threads: int, learner_threads: int) -> Crew
 
     return CrewPlan(
         generators=tuple(
-            WorkerPlan(f"generator {i}", generator, generator_threads, 1)
+            WorkerPlan(
+                f"generator {i}",
+                generator,
+                generator_threads,
+                cpus=1,
+                gpus=cfg.generator.gpus,
+                beside=frozenset({"load", "prove"} if cfg.generator.in_flight_updates else ()),
+            )
             for i in range(cfg.generator.replicas)
         ),
         judge=WorkerPlan("judge", judge, 1, 0),
-        learner=WorkerPlan("learner", learner, learner_threads, 1),
+        learner=WorkerPlan("learner", learner, learner_threads, int(overlapping), cfg.learner.gpus),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from pipeline.handles import Future
 from pipeline.launch.crew import Crew, CrewPlan, WorkerPlan
@@ -22,6 +22,16 @@ class _Done:
         return self.value
 
 
+@dataclass(frozen=True, slots=True)
+class _Failed:
+    """An error that is there already; calls that are given it fail with it."""
+
+    error: Exception
+
+    def result(self) -> NoReturn:
+        raise self.error
+
+
 class InlineHandle:
     """A worker that runs each call as it is submitted, with its own thread count.
 
@@ -30,15 +40,27 @@ class InlineHandle:
     """
 
     def __init__(self, plan: WorkerPlan) -> None:
-        self._threads = plan.threads
-        apply_threads(self._threads)
-        self._worker = plan.build()
+        self._plan = plan
+        self.restart()
 
     def submit(self, method: str, *args: object) -> Future[Any]:
-        """Run the method now."""
-        apply_threads(self._threads)
-        values = [arg.value if isinstance(arg, _Done) else arg for arg in args]
-        return _Done(getattr(self._worker, method)(*values))
+        """Run the method now; what it raises is raised where its result is asked for."""
+        apply_threads(self._plan.threads)
+        values = []
+        for arg in args:
+            if isinstance(arg, _Failed):
+                return arg
+            values.append(arg.value if isinstance(arg, _Done) else arg)
+        try:
+            return _Done(getattr(self._worker, method)(*values))
+        except Exception as error:  # noqa: BLE001 (as an actor's: none is swallowed)
+            return _Failed(error)
+
+    def restart(self) -> None:
+        """Build the worker anew."""
+        apply_threads(self._plan.threads)
+        self._worker: Any = None
+        self._worker = self._plan.build()
 
 
 @contextmanager

@@ -17,6 +17,9 @@ from workers.threads import thread_environment
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 
+BESIDE = "beside"
+"""The concurrency group of the calls that run beside an actor's others."""
+
 
 class _Actor:
     """Hosts one worker and calls its methods by name."""
@@ -55,14 +58,33 @@ class _RayFuture:
 class RayHandle:
     """An actor. Its calls run in the order in which they were submitted."""
 
-    def __init__(self, name: str, actor: Any) -> None:
-        self._name = name
-        self._actor = actor
+    def __init__(self, plan: WorkerPlan) -> None:
+        self._plan = plan
+        self._begin()
+
+    def _begin(self) -> None:
+        self._actor = _start(self._plan)
+        self._built = _RayFuture(self._plan.name, self._actor.build.remote())
+
+    def ready(self) -> None:
+        """Wait until the worker is built; what its building raises is raised here."""
+        self._built.result()
 
     def submit(self, method: str, *args: object) -> Future[Any]:
         """Queue the call; arguments that are futures go from worker to worker."""
         passed = [arg.reference if isinstance(arg, _RayFuture) else arg for arg in args]
-        return _RayFuture(self._name, self._actor.call.remote(method, *passed))
+        call = self._actor.call
+        if method in self._plan.beside:
+            call = call.options(concurrency_group=BESIDE)
+        return _RayFuture(self._plan.name, call.remote(method, *passed))
+
+    def restart(self) -> None:
+        """End the actor, if it still lives, and start another."""
+        import ray
+
+        ray.kill(self._actor)
+        self._begin()
+        self.ready()
 
 
 @contextmanager
@@ -87,10 +109,9 @@ def ray_crew(plan: CrewPlan) -> Iterator[Crew]:
             logging_level="ERROR",
         )
     try:
-        actors = {worker.name: _start(worker) for worker in plan.workers}
-        for name, actor in actors.items():
-            _RayFuture(name, actor.build.remote()).result()
-        handles = {name: RayHandle(name, actor) for name, actor in actors.items()}
+        handles = {worker.name: RayHandle(worker) for worker in plan.workers}
+        for handle in handles.values():
+            handle.ready()
         yield Crew(
             generators=tuple(handles[worker.name] for worker in plan.generators),
             judge=handles[plan.judge.name],
@@ -103,20 +124,23 @@ def ray_crew(plan: CrewPlan) -> Iterator[Crew]:
 def _start(worker: WorkerPlan) -> Any:
     import ray
 
-    actor = ray.remote(_Actor).options(
-        name=worker.name,
-        num_cpus=worker.cpus,
-        runtime_env={"env_vars": thread_environment(worker.threads)},
-    )
-    return actor.remote(worker)
+    options = {
+        "num_cpus": worker.cpus,
+        "num_gpus": worker.gpus,
+        "runtime_env": {"env_vars": thread_environment(worker.threads)},
+    }
+    if worker.beside:
+        options["concurrency_groups"] = {BESIDE: 1}
+    return ray.remote(_Actor).options(**options).remote(worker)
 
 
 def refuse_too_few_cores(plan: CrewPlan, cores: int) -> None:
     """Raises UserError when the workers set aside more cores than there are."""
     wanted = sum(worker.cpus for worker in plan.workers)
     if wanted > cores:
+        learner = " and the learner" if plan.learner.cpus else ""
         raise UserError(
-            f"generator.replicas={len(plan.generators)}: {len(plan.generators)} generators and the "
-            f"learner need {wanted} cores, this machine has {cores}; lower generator.replicas, or "
-            "run in one process with cluster.address=inline"
+            f"generator.replicas={len(plan.generators)}: {len(plan.generators)} generators"
+            f"{learner} need {wanted} cores, this machine has {cores}; lower generator.replicas, "
+            "or run in one process with cluster.address=inline"
         )

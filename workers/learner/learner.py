@@ -23,16 +23,26 @@ from workers.messages import (
     probe_completion,
 )
 from workers.models.load import load_policy
+from workers.models.lora import (
+    load_model_state,
+    merged,
+    model_state,
+    read_adapter,
+    trainable,
+    write_adapter,
+)
 from workers.options import PolicyOptions
 from workers.sampler import logprobs_of
 from workers.weight_sync.buckets import Receipt, WeightPush, pack
+from workers.weight_sync.transport import TransportName, build_transport, push_of
 
 
 class Learner:
     """Policy, reference and optimizer of one process.
 
     ``version`` counts updates applied. Dropout is off: a completion has one log-probability. A
-    reference is kept where the objective needs one or ``keep_reference`` asks for it.
+    reference is kept where the objective needs one or ``keep_reference`` asks for it. With LoRA
+    the adapters alone are learned, pushed and saved.
     """
 
     def __init__(
@@ -43,12 +53,17 @@ class Learner:
         updates: int,
         reference: ReferenceOptions | None = None,
         keep_reference: bool = False,
+        transport: TransportName = "object_store",
+        push_dtype: str = "float32",
     ) -> None:
         self.version = 0
         self._sent = Receipt(-1, "")
+        self._transport = build_transport(transport)
+        self._push_dtype: torch.dtype = getattr(torch, push_dtype)
         self._options = options
         self._objective_options = objective
         self._updates = updates
+        self._base_model, self._lora = policy.model, policy.lora
         self._policy = load_policy(policy)
         self._score_policy = CompletionScorer(self._policy)
         self._reference: Reference | None = None
@@ -57,7 +72,7 @@ class Learner:
         tokens = options.tokens_per_micro_batch
         self._loss = BatchLoss(objective, self._score_policy, self._reference, tokens)
         self._optimizer = torch.optim.AdamW(
-            self._policy.parameters(),
+            trainable(self._policy).values(),
             lr=options.learning_rate,
             weight_decay=options.weight_decay,
             fused=True,
@@ -137,7 +152,7 @@ class Learner:
 
     def _step(self, rate: float) -> float:
         norm = torch.nn.utils.clip_grad_norm_(
-            self._policy.parameters(), self._options.max_grad_norm
+            trainable(self._policy).values(), self._options.max_grad_norm
         )
         if not torch.isfinite(norm):
             self._optimizer.zero_grad(set_to_none=True)
@@ -151,10 +166,16 @@ class Learner:
         self._optimizer.zero_grad(set_to_none=True)
         return norm.item()
 
-    def weights(self) -> WeightPush:
-        """The policy's weights at this version; tied tensors travel once."""
+    def weights(self, keep_from: int = 0) -> WeightPush:
+        """The policy's weights at this version, in the precision they are sampled in.
+
+        Tied tensors travel once; with LoRA only the adapters do. Versions below ``keep_from`` are
+        no longer to be had.
+        """
         began = time.perf_counter()
-        push = pack(dict(self._policy.named_parameters()), self.version)
+        self._transport.release(keep_from)
+        packed = pack(trainable(self._policy), self._push_dtype)
+        push = push_of(self.version, packed, self._transport)
         self._sent = Receipt(push.version, push.checksum, time.perf_counter() - began)
         return push
 
@@ -168,7 +189,7 @@ class Learner:
         torch.save(
             {
                 "version": self.version,
-                "policy": self._policy.state_dict(),
+                "policy": model_state(self._policy),
                 "reference": self._reference and self._reference.state(),
                 "optimizer": self._optimizer.state_dict(),
                 "loss": self._loss.state(),
@@ -179,7 +200,7 @@ class Learner:
     def load(self, directory: Path) -> int:
         """Take up a checkpoint's state; returns its version."""
         state = torch.load(directory / "learner.pt", weights_only=True)
-        self._policy.load_state_dict(state["policy"])
+        load_model_state(self._policy, state["policy"])
         if self._reference is not None:
             self._reference.load(state["reference"])
         self._optimizer.load_state_dict(state["optimizer"])
@@ -188,10 +209,22 @@ class Learner:
         return self.version
 
     def adopt(self, policy: PolicyOptions, version: int) -> None:
-        """Take the weights of another model of the same shape as the policy's."""
-        self._policy.load_state_dict(load_policy(policy).state_dict())
+        """Take the weights of another model of the same shape as the policy's.
+
+        With LoRA its adapters, as ``export`` wrote them: a push carries no other base. Raises
+        UserError if they are not there or do not fit.
+        """
+        if self._lora is None:
+            self._policy.load_state_dict(load_policy(policy).state_dict())
+        else:
+            read_adapter(self._policy, Path(policy.model) / "adapter")
         self.version = version
 
     def export(self, directory: Path) -> None:
-        """Write the policy in Hugging Face format (weights and config, safetensors)."""
-        self._policy.save_pretrained(directory)
+        """Write the policy in Hugging Face format (weights and config, safetensors).
+
+        With LoRA the adapters are merged into it; ``adapter/`` holds them alone in PEFT's format.
+        """
+        merged(self._policy).save_pretrained(directory)
+        if self._lora is not None:
+            write_adapter(self._policy, self._lora, self._base_model, directory / "adapter")

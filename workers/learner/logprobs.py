@@ -150,10 +150,12 @@ class CompletionScorer:
 
         ``ids_BT`` are prompt and completion, padded on the right with any token: attention is
         causal, so no real position ever sees a pad. Row b's completion is
-        ``ids[b, starts[b] : starts[b] + lengths[b]]``. Returns B tensors [lengths[b]].
+        ``ids[b, starts[b] : starts[b] + lengths[b]]``. Returns B tensors [lengths[b]]. What is
+        given and returned is on the CPU, wherever the model is: all that objectives compute is
+        small.
         """
         states_N, targets_N = self._states(ids_BT, starts_B, lengths_B)
-        return list(torch.split(self._logprobs(states_N, targets_N), lengths_B.tolist()))
+        return list(torch.split(self._logprobs(states_N, targets_N).cpu(), lengths_B.tolist()))
 
     def with_collisions(
         self, ids_BT: Tensor, starts_B: Tensor, lengths_B: Tensor
@@ -170,12 +172,15 @@ class CompletionScorer:
                 states_N, weight, bias, targets_N
             )
         lengths = lengths_B.tolist()
-        return list(torch.split(logprobs_N, lengths)), list(torch.split(collisions_N, lengths))
+        logprobs, collisions = logprobs_N.cpu(), collisions_N.cpu()
+        return list(torch.split(logprobs, lengths)), list(torch.split(collisions, lengths))
 
     def _states(self, ids_BT: Tensor, starts_B: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
         """What predicts each completion token (logits [N, V] if plain, else hidden states [N, H]),
         and the tokens [N]."""
-        rows, columns = _completion_positions(starts_B, lengths_B)
+        device = next(self._model.parameters()).device
+        rows, columns = (x.to(device) for x in _completion_positions(starts_B, lengths_B))
+        ids_BT = ids_BT.to(device)
         if self.plain:
             states_N = self._model(ids_BT, use_cache=False).logits[rows, columns - 1].float()
         else:

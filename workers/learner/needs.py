@@ -19,7 +19,8 @@ class Needs:
     ``whole_update``: all examples of an update at one time, because a loss depends on others'.
     ``mismatched``: log-ratios of completions under other prompts, always of the whole update.
     ``collisions``: the weights of WPO. ``opponent``: the reference's share in the distribution that
-    draws the second completion of each prompt; 0 is the policy.
+    draws the second completion of each prompt; 0 is the policy. ``sampling_logprobs``: those under
+    the distribution that completions were really drawn from.
     """
 
     records: Records = "pairs"
@@ -29,6 +30,7 @@ class Needs:
     mismatched: bool = False
     collisions: bool = False
     opponent: float = 0.0
+    sampling_logprobs: bool = False
 
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])

@@ -60,7 +60,7 @@ class PdpoOptions(Options):
     @property
     def needs(self) -> Needs:
         whole = self.baseline == "leave_one_out" or self.weights == "self_normalized"
-        return Needs(whole_update=whole)
+        return Needs(whole_update=whole, sampling_logprobs=self.weights != "none")
 
 
 class KtoOptions(Options):

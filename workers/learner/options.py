@@ -72,7 +72,7 @@ class LearnerOptions(BaseModel):
     threads: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         default="auto", description="CPU threads; auto = its fair share of the cores"
     )
-    gpus: Literal[0] = Field(default=0, description="GPUs of each (only CPU is built yet)")
+    gpus: Literal[0, 1] = Field(default=0, description="1 = learn on a GPU, 0 = on the CPU")
     optimizer: Literal["adamw"] = Field(default="adamw", description="Optimizer")
     learning_rate: float = Field(default=1e-6, gt=0.0, description="Peak learning rate")
     schedule: Literal["constant", "linear", "cosine"] = Field(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,20 +9,22 @@ import torch
 
 from workers.learner.logprobs import CompletionScorer
 from workers.learner.options import ReferenceOptions, ReferenceSchedule
+from workers.models.lora import frozen_copy, load_model_state, model_state, trainable
 
 
 class Reference:
     """A frozen copy of the starting model that follows the policy on a schedule.
 
     It moves only when a round begins, so every completion of a round is scored once, by one
-    reference. ``version`` is the policy version that it last took up.
+    reference. ``version`` is the policy version that it last took up. With LoRA only its adapters
+    are its own and move; ``ema`` then averages A and B, not their product.
     """
 
     def __init__(self, starting_model: Any, options: ReferenceOptions) -> None:
         self.version = 0
         self._round = 0
         self._schedule = options.update
-        self._model = copy.deepcopy(starting_model).requires_grad_(False)
+        self._model = frozen_copy(starting_model)
         self.score = CompletionScorer(self._model)
 
     @torch.no_grad()
@@ -43,16 +44,17 @@ class Reference:
                 self._towards(policy, 1.0 - decay ** (version - self.version), version)
 
     def _towards(self, policy: Any, share: float, version: int) -> None:
-        for mine, new in zip(self._model.parameters(), policy.parameters(), strict=True):
-            mine.lerp_(new, share)
+        learned = trainable(policy)
+        for name, mine in trainable(self._model).items():
+            mine.lerp_(learned[name], share)
         self.version = version
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds."""
-        return {"model": self._model.state_dict(), "version": self.version, "round": self._round}
+        return {"model": model_state(self._model), "version": self.version, "round": self._round}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Take up what ``state`` gave."""
-        self._model.load_state_dict(state["model"])
+        load_model_state(self._model, state["model"])
         self.version = int(state["version"])
         self._round = int(state["round"])

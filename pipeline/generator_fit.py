@@ -1,0 +1,81 @@
+"""Does the generator section fit the rest of a config? Each misfit is one line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from judges.errors import UserError
+from pipeline.resampling import ResamplingOptions
+from workers.generator import GeneratorOptions
+from workers.learner.needs import Needs
+from workers.learner.options import LearnerOptions
+from workers.options import PolicyOptions
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """The generator section and the sections that it depends on."""
+
+    generator: GeneratorOptions
+    policy: PolicyOptions
+    resampling: ResamplingOptions
+    learner: LearnerOptions
+    objective: str
+    inline: bool
+
+    def check(self, needs: Needs) -> None:
+        """Raises UserError where the backend cannot do what is asked for."""
+        backend = self.generator.backend_for(needs)
+        if backend == "vllm" and needs.opponent:
+            raise UserError(
+                f"generator.backend=vllm: {self.objective} draws from a mixture of policy and "
+                "reference, and a vLLM engine holds one model: use transformers"
+            )
+        if backend == "transformers":
+            self._check_transformers()
+        self._check_in_flight_updates()
+        self._check_transport()
+        if self.generator.gap.correct_above is not None and self.resampling.rounds_in_flight:
+            raise UserError(
+                "generator.gap.correct_above: the learner recomputes a round by the version that "
+                f"sampled it, which resampling.rounds_in_flight={self.resampling.rounds_in_flight} "
+                "leaves behind: set it to 0, or leave correct_above out"
+            )
+
+    def _check_transformers(self) -> None:
+        generator = self.generator
+        wanted = {
+            "engine": ", ".join(generator.engine),
+            "gpus": f"{generator.gpus:g}" if generator.gpus else "",
+            "dtype": generator.dtype if generator.dtype_for(self.policy) != "float32" else "",
+            "in_flight_updates": "true" if generator.in_flight_updates else "",
+        }
+        for key, value in wanted.items():
+            if value:
+                raise UserError(
+                    f"generator.{key}={value}: the embedded transformers backend samples in "
+                    "float32 on the CPU, between pushes, and takes no engine arguments: leave it "
+                    "out, or use generator.backend=vllm (make install-vllm)"
+                )
+
+    def _check_in_flight_updates(self) -> None:
+        if not self.generator.in_flight_updates:
+            return
+        if self.resampling.rounds_in_flight == 0 or self.inline:
+            where = "cluster.address=inline" if self.inline else "resampling.rounds_in_flight=0"
+            raise UserError(
+                f"generator.in_flight_updates=true: with {where} no round is being sampled when "
+                "weights are pushed: set resampling.rounds_in_flight to 1 or more on Ray, or leave "
+                "it out"
+            )
+
+    def _check_transport(self) -> None:
+        transport = self.generator.moves_by
+        if transport not in ("nccl", "ipc"):
+            return
+        if not (self.generator.gpus and self.learner.gpus):
+            raise UserError(
+                f"generator.transport={transport}: moves weights from GPU to GPU, but "
+                f"generator.gpus={self.generator.gpus:g} and learner.gpus={self.learner.gpus:g}: "
+                "give both a GPU, or use object_store or gloo"
+            )

@@ -1,0 +1,171 @@
+"""A generator that does not lose work: mended when it dies or samples other weights than sent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from pipeline.handles import Future, Handle, WorkerDied
+from workers.generator import SampledUnit, SampleRequest
+from workers.messages import Completion, IntArray
+from workers.weight_sync.buckets import Receipt, SyncError, WeightPush
+from workers.weight_sync.proof import Proof
+
+MENDS = 2
+"""What is tried before a run stops: a failed push is made again, then the generator restarted."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Shipment:
+    """A version's weights on their way to every generator, and what each must then show."""
+
+    version: int
+    weights: Future[WeightPush]
+    sent: Future[Receipt]
+    expected: Future[Completion]
+
+
+@dataclass(slots=True, eq=False)
+class Delivery:
+    """A shipment as one replica takes it."""
+
+    replica: Replica
+    shipment: Shipment
+    loaded: Future[Receipt] = field(init=False)
+    proving: Future[Proof] = field(init=False)
+    proof: Proof | None = None
+
+    def result(self) -> Proof:
+        """Wait for the proof; a replica that fails it is mended, as for ``Unit.result``."""
+        return self.replica.proved(self)
+
+
+@dataclass(slots=True, eq=False)
+class Unit:
+    """A work unit's samples, on their way. ``attempt`` counts the times they were asked for."""
+
+    replica: Replica
+    request: SampleRequest
+    delivery: Delivery
+    attempt: int = 0
+    sampled: bool = False
+    future: Future[SampledUnit] = field(init=False)
+
+    def result(self) -> SampledUnit:
+        """Wait for the samples and for the proof of their weights.
+
+        A replica that died, or whose proof failed, is mended and asked again. Raises SyncError or
+        WorkerDied where that does not help.
+        """
+        return self.replica.sampled(self)
+
+
+class Replica:
+    """One generator and its journal: every call whose answer is still owed, in order.
+
+    Restarted, it is given the journal again: the weights first, so the same seeds draw from the
+    same version, and no completion is lost or comes twice.
+    """
+
+    def __init__(self, index: int, handle: Handle, probe_ids: IntArray, gap_limit: float) -> None:
+        self._index = index
+        self._handle = handle
+        self._probe_ids = probe_ids
+        self._gap_limit = gap_limit
+        self._journal: list[Delivery | Unit] = []
+        self._deliveries = 0
+        self._mends = 0
+
+    def push(self, shipment: Shipment) -> Delivery:
+        """Send weights, in turn with the rounds; waits for nothing."""
+        delivery = Delivery(self, shipment)
+        self._journal.append(delivery)
+        self._trim()
+        self._issue(delivery)
+        return delivery
+
+    def sample(self, request: SampleRequest) -> Unit:
+        """Ask for samples by the weights that were pushed last; waits for nothing."""
+        last = next(entry for entry in reversed(self._journal) if isinstance(entry, Delivery))
+        unit = Unit(self, request, last)
+        self._journal.append(unit)
+        self._issue(unit)
+        return unit
+
+    def rest(self) -> None:
+        """Let it give an accelerator's memory back until its next call."""
+        self._handle.submit("rest")
+
+    def oldest_version(self) -> int | None:
+        """The oldest version whose weights a restart would need; None before the first push."""
+        self._trim()
+        versions = [e.shipment.version for e in self._journal if isinstance(e, Delivery)]
+        return min(versions, default=None)
+
+    def sampled(self, unit: Unit) -> SampledUnit:
+        """The samples of a unit of this replica's."""
+        while True:
+            self.proved(unit.delivery)
+            try:
+                found = unit.future.result()
+            except (SyncError, WorkerDied) as error:
+                self._mend(error)
+            else:
+                unit.sampled = True
+                self._mends = 0
+                return found
+
+    def proved(self, delivery: Delivery) -> Proof:
+        """The proof of a delivery to this replica."""
+        delivery.shipment.sent.result()  # a learner that died is not this replica's fault
+        while delivery.proof is None:
+            try:
+                delivery.loaded.result()
+                delivery.proof = delivery.proving.result()
+            except (SyncError, WorkerDied) as error:
+                self._mend(error)
+        return delivery.proof
+
+    def _issue(self, entry: Delivery | Unit) -> None:
+        """Make an entry's calls."""
+        if isinstance(entry, Unit):
+            entry.attempt += 1
+            request = replace(entry.request, after_push=self._deliveries)
+            entry.future = self._handle.submit("sample", request)
+            return
+        self._deliveries += 1
+        shipment = entry.shipment
+        entry.proof = None
+        entry.loaded = self._handle.submit("load", shipment.weights)
+        entry.proving = self._handle.submit(
+            "prove", self._probe_ids, shipment.sent, shipment.expected, self._gap_limit
+        )
+
+    def _mend(self, error: SyncError | WorkerDied) -> None:
+        """Push again, or restart; then ask again for everything that is owed.
+
+        Raises the error, with what was tried, after ``MENDS`` of them without a unit between.
+        """
+        died = isinstance(error, WorkerDied)
+        if self._mends == MENDS:
+            tried = f"restarted {MENDS} times" if died else "pushed again, then restarted"
+            said = str(error) if died else f"generator {self._index} {error}"
+            raise type(error)(f"{said} ({tried}, to no avail)") from error
+        self._mends += 1
+        if died or self._mends == MENDS:
+            self._handle.restart()
+            self._deliveries = 0
+        self._trim()
+        for entry in self._journal:
+            self._issue(entry)
+
+    def _trim(self) -> None:
+        """Forget what nothing waits for: units sampled, deliveries proved of which none is owed.
+
+        The last delivery stays: a restarted generator needs its weights.
+        """
+        owed = [entry for entry in self._journal if isinstance(entry, Unit) and not entry.sampled]
+        sources = {id(unit.delivery) for unit in owed}
+        deliveries = [entry for entry in self._journal if isinstance(entry, Delivery)]
+        needed = {id(d) for d in deliveries if d.proof is None or id(d) in sources}
+        needed |= {id(entry) for entry in (*owed, *deliveries[-1:])}
+        self._journal = [entry for entry in self._journal if id(entry) in needed]
