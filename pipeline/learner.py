@@ -34,6 +34,11 @@ class RemoteLearner:
         scores: list[list[FloatArray | None]] = self._call("score_reference", batches)
         return scores
 
+    def score_policy(self, batches: Sequence[UpdateBatch]) -> list[list[FloatArray]]:
+        """This version's log-probabilities of every completion of every batch."""
+        scores = [self._handle.submit("score_policy", batch) for batch in batches]
+        return [score.result() for score in scores]
+
     def update(self, batch: UpdateBatch) -> dict[str, Any]:
         """One optimizer step; returns the update record."""
         record: dict[str, Any] = self._call("update", batch)

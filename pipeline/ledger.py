@@ -159,17 +159,9 @@ def with_reference_logprobs(
     round_: Round, logprobs: Mapping[tuple[int, int], FloatArray | None]
 ) -> Round:
     """The round with each completion's reference log-probabilities, by position and sample."""
-    groups = tuple(
-        replace(
-            group,
-            completions=tuple(
-                replace(c, reference_logprobs=logprobs[c.position, c.sample])
-                for c in group.completions
-            ),
-        )
-        for group in round_.groups
+    return round_.with_completions(
+        lambda c: replace(c, reference_logprobs=logprobs[c.position, c.sample])
     )
-    return replace(round_, groups=groups)
 
 
 def _header(round_: Round) -> RoundHeader:

@@ -38,6 +38,8 @@ COMPLETIONS_SCHEMA = pa.schema(
         ("sampling_logprobs", pa.list_(pa.float32())),  # null: the same as logprobs
         ("reference_share", pa.float64()),
         ("version", pa.int64()),
+        ("last_version", pa.int64()),  # null: the same as version
+        ("gap_log_weight", pa.float64()),  # null: logprobs are as the generator gave them
         ("seed", pa.int64()),
         ("finished", pa.bool_()),
         ("score", pa.float64()),
@@ -95,6 +97,8 @@ def completions_table(round_: Round) -> pa.Table:
         "ids": _list_array([completion.ids for _, _, completion in rows], np.int64),
         "text": [completion.text for _, _, completion in rows],
         "version": [completion.version for _, _, completion in rows],
+        "last_version": [completion.last_version for _, _, completion in rows],
+        "gap_log_weight": [completion.gap_log_weight for _, _, completion in rows],
         "reference_share": [completion.reference_share for _, _, completion in rows],
         "seed": [completion.seed for _, _, completion in rows],
         "finished": [completion.finished for _, _, completion in rows],
@@ -223,6 +227,8 @@ def _group(rows: list[dict[str, Any]], pairs: tuple[Pair, ...]) -> PromptGroup:
         Completion(
             position=position,
             reference_share=row["reference_share"],
+            last_version=row.get("last_version"),  # ledgers of old lack these two columns
+            gap_log_weight=row.get("gap_log_weight"),
             **{name: row[name] for name in own},
         )
         for row in rows

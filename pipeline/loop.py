@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import replace
 
-from pipeline import resampling
+from pipeline import gap, resampling
 from pipeline.checkpoint import Checkpoints, Cursor
 from pipeline.clock import Clock
 from pipeline.config import Config
@@ -57,7 +57,7 @@ def run(
 
         clock.start()
         plan, pending = in_flight.popleft()
-        round_ = into_ledger(plan, pending, sync, ledger, clock)
+        round_ = into_ledger(plan, pending, cfg, sync, learner, ledger, clock)
         round_ = scored(plan, round_, cfg, learner, ledger, clock)
 
         needs = cfg.objective.needs
@@ -74,7 +74,7 @@ def run(
                         tracker.evaluation(evaluation)
             if checkpoints.due(learner.version) or stop.requested:
                 for waiting in in_flight:  # so that the checkpoint leaves nothing half-done
-                    into_ledger(*waiting, sync, ledger, clock)
+                    into_ledger(*waiting, cfg, sync, learner, ledger, clock)
                 position = (learner.version, round_.index, done)
                 checkpoints.save(learner, Cursor(*position, tracker.position(), drift.state()))
             stop.check(learner.version)
@@ -82,26 +82,29 @@ def run(
 
         with clock.stage("sync"):
             sync.push(learner)
-        origin = {"version": round_.version, "logprob_gap": round_.logprob_gap}
-        tracker.round(origin | drift.of(round_) | clock.record(round_))
+        measures = gap.measures(round_, cfg.generator.gap) | drift.of(round_)
+        tracker.round({"version": round_.version} | measures | clock.record(round_))
 
 
 def into_ledger(
     plan: RoundPlan,
     pending: PendingRound | None,
+    cfg: Config,
     sync: WeightSync,
+    learner: RemoteLearner,
     ledger: Ledger,
     clock: Clock,
 ) -> Round:
-    """The round: its sampler proved, durable before it is learned from."""
+    """The round: its sampler proved, its gap corrected, durable before it is learned from."""
     if pending is None or plan.index in ledger:
         return ledger.read(plan.index)
     with clock.stage("wait"):
         round_ = pending.result()  # a dead worker raises here
     with clock.stage("sync"):
-        gap = max(sync.prove(version) for version in round_.versions)
+        largest = max(sync.prove(version) for version in round_.versions)
     clock.add("sync", sync.seconds)
-    round_ = replace(round_, logprob_gap=gap)
+    with clock.stage("learn"):
+        round_ = gap.corrected(plan, replace(round_, logprob_gap=largest), cfg, learner)
     ledger.append(round_)
     return round_
 

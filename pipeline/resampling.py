@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -14,8 +15,10 @@ from pipeline.learner import RemoteLearner
 from pipeline.ledger import with_reference_logprobs
 from workers.generator import SamplingOptions
 from workers.learner.needs import Needs
-from workers.messages import BatchCompletion, Completion, FloatArray, Round, UpdateBatch
+from workers.messages import BatchCompletion, Completion, Round, UpdateBatch
 from workers.seeds import derive_seed
+
+ScoresT = TypeVar("ScoresT")
 
 
 class EarlyOptions(BaseModel):
@@ -142,8 +145,26 @@ def with_reference(
 ) -> Round:
     """The round with every completion's reference log-probabilities.
 
-    Each completion is scored once, in the batches of the first pass, so that policy = reference
-    gives a log-ratio of exactly 0; completions that no example holds are scored apart.
+    Scored so that policy = reference gives a log-ratio of exactly 0.
+    """
+    score = learner.score_reference
+    return with_reference_logprobs(
+        round_, scored_once(plan, round_, sampling, needs, run_seed, score)
+    )
+
+
+def scored_once(
+    plan: RoundPlan,
+    round_: Round,
+    sampling: SamplingOptions,
+    needs: Needs,
+    run_seed: int,
+    score: Callable[[Sequence[UpdateBatch]], list[list[ScoresT]]],
+) -> dict[tuple[int, int], ScoresT]:
+    """What ``score`` says of each completion of a round, by position and sample.
+
+    Each is scored once, in the batches of the first pass, hence the micro-batches of its update;
+    completions that no example holds are scored apart.
     """
     learned = batches(plan, round_, sampling, needs, run_seed)
     first_pass = learned[: math.ceil(len(round_.groups) / sampling.prompts_per_update)]
@@ -155,11 +176,11 @@ def with_reference(
         if _key(completion) not in held
     )
     scored_batches = [*first_pass, UpdateBatch(others, ())]
-    scored: dict[tuple[int, int], FloatArray | None] = {}
-    for batch, scores in zip(scored_batches, learner.score_reference(scored_batches), strict=True):
-        for item, logprobs in zip(batch.completions, scores, strict=True):
-            scored[_key(item.completion)] = logprobs
-    return with_reference_logprobs(round_, scored)
+    scored: dict[tuple[int, int], ScoresT] = {}
+    for batch, scores in zip(scored_batches, score(scored_batches), strict=True):
+        for item, found in zip(batch.completions, scores, strict=True):
+            scored[_key(item.completion)] = found
+    return scored
 
 
 def _key(completion: Completion) -> tuple[int, int]:

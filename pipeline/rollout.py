@@ -84,6 +84,7 @@ class Rollout:
         unit_size: UnitSize,
         max_invalid_share: float,
         in_flight_updates: bool,
+        rest_between_rounds: bool,
         run_seed: int,
     ) -> None:
         self._prompts = prompts
@@ -95,6 +96,7 @@ class Rollout:
         self._unit_size = unit_size
         self._max_invalid_share = max_invalid_share
         self._in_flight_updates = in_flight_updates
+        self._rest_between_rounds = rest_between_rounds
         self._run_seed = run_seed
 
     def submit(self, plan: RoundPlan, version: int) -> PendingRound:
@@ -131,6 +133,9 @@ class Rollout:
                 pairs = self._pairing.pairs(*judged_prompt)
                 labels = self._pairing.labels(*judged_prompt)
                 groups.append(PromptGroup(prompt, tuple(completions), judgement, pairs, labels))
+        if self._rest_between_rounds:
+            for replica in self._replicas:
+                replica.rest()
         refuse_invalid_rounds(groups, self._max_invalid_share, self._judge_name)
         seconds = {
             "generate": generate / len(self._replicas),

@@ -58,6 +58,7 @@ ROUND_KEYS = (
     "off_reference_share",
     "repetition_rate",
     "logprob_gap",
+    "gap_weight",
     "seconds",
     "tokens_per_second",
 )

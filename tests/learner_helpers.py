@@ -23,13 +23,19 @@ BOS, EOS = 1, 2
 
 
 def make_learner(
-    model: Path, *, updates: int = 100, objective: Options | None = None, **options
+    model: Path,
+    *,
+    updates: int = 100,
+    objective: Options | None = None,
+    gap_clip: float | None = None,
+    **options,
 ) -> Learner:
     return Learner(
         PolicyOptions(model=str(model)),
         LearnerOptions(**options),
         objective or DpoOptions(),
         updates,
+        gap_clip=gap_clip,
     )
 
 

@@ -193,8 +193,18 @@ def pairwise(u: Update) -> list[float]:
         value -= o.nll_weight * w.logp / w.tokens
         if o.wpo:
             value *= wpo(u.run, u.completions[keys[0]]) * wpo(u.run, u.completions[keys[1]])
-        values.append(value)
+        values.append(value * gap_weight(u, keys))
     return values
+
+
+def gap_weight(u: Update, keys: Sequence[Key]) -> float:
+    """min(clip, learner / generator) of the policy's own samples among these."""
+    gap = u.run.cfg.generator.gap
+    rows = [u.completions[key] for key in keys]
+    logs = [row["gap_log_weight"] for row in rows if row["reference_share"] == 0]
+    if gap.correction == "recompute" or None in logs:
+        return 1.0
+    return min(gap.clip, math.exp(sum(logs)))
 
 
 @torch.no_grad()

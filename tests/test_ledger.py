@@ -174,6 +174,36 @@ def test_labels_and_opponents_come_back(tmp_path: Path) -> None:
     ]
 
 
+def test_versions_of_last_tokens_and_corrected_gaps_come_back(tmp_path: Path) -> None:
+    changes = ({"last_version": 13}, {"gap_log_weight": 1e-5 / 3}, {"gap_log_weight": 0.0})
+    first, second = make_round().groups
+    both = [*first.completions, *second.completions]
+    changed = [replace(c, **change) for c, change in zip(both, (*changes, {}, {}), strict=True)]
+    groups = (
+        replace(first, completions=tuple(changed[:2])),
+        replace(second, completions=tuple(changed[2:])),
+    )
+    round_ = replace(make_round(), groups=groups)
+    Ledger(tmp_path).append(round_)
+    require_equal(round_, Ledger(tmp_path).read(0))
+    rows = pq.read_table(tmp_path / "round-000000.parquet").to_pylist()
+    assert [(row["last_version"], row["gap_log_weight"]) for row in rows] == [
+        (13, None),
+        (None, 1e-5 / 3),
+        (None, 0.0),
+        (None, None),
+        (None, None),
+    ]
+
+
+def test_a_ledger_of_before_these_columns_is_read(tmp_path: Path) -> None:
+    Ledger(tmp_path).append(make_round())
+    path = tmp_path / "round-000000.parquet"
+    old = pq.read_table(path).drop_columns(["last_version", "gap_log_weight"])
+    pq.write_table(old, path)
+    require_equal(make_round(), Ledger(tmp_path).read(0))
+
+
 def test_equality_sees_one_bit() -> None:
     group = make_round().groups[0]
     logprobs = np.array([-1.5, -0.1, -0.0], np.float32)

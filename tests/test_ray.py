@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -15,10 +18,12 @@ from judges.errors import UserError
 from pipeline import job
 from pipeline.config import Config
 from pipeline.handles import WorkerDied
-from pipeline.launch.crew import plan_crew
-from pipeline.launch.ray import refuse_too_few_cores
+from pipeline.launch.crew import CrewPlan, WorkerPlan, plan_crew
+from pipeline.launch.ray import refuse_missing_gpus, refuse_too_few_cores
 from tests import tiny
+from workers.generator import SampleRequest
 from workers.judge_worker import JudgeFailed
+from workers.weight_sync.buckets import Receipt, WeightPush
 
 
 def on_ray(cfg: Config, run_dir: Path) -> Config:
@@ -125,6 +130,62 @@ def test_a_dead_worker_is_named_and_the_run_goes_on_later(tiny_model: Path, tmp_
     assert job.resume(tmp_path / "run", quiet=True).run_dir == tmp_path / "run"
 
 
+def mortal(plan: CrewPlan, marker: Path, how: str) -> CrewPlan:
+    """The plan with generators of which the first to sample prompt 9 dies or, once, lies."""
+
+    def hosted(worker: WorkerPlan) -> WorkerPlan:
+        def build() -> object:
+            generator = worker.build()
+            sample, load = generator.sample, generator.load
+
+            def dying(request: SampleRequest) -> object:
+                ours = any(prompt.position == 9 for prompt in request.prompts)
+                if how == "dies" and ours and not marker.exists():
+                    marker.touch()
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return sample(request)
+
+            def deaf(push: WeightPush) -> object:
+                if how == "lies" and push.version == 2 and not marker.exists():
+                    marker.touch()
+                    generator._standing.received = Receipt(push.version, push.checksum)
+                    generator.version = push.version
+                    return generator._standing.received
+                return load(push)
+
+            generator.sample, generator.load = dying, deaf
+            return generator
+
+        return dataclasses.replace(worker, build=build)
+
+    return dataclasses.replace(plan, generators=tuple(map(hosted, plan.generators)))
+
+
+@pytest.mark.parametrize(("how", "rounds_in_flight"), [("dies", 1), ("lies", 0)])
+def test_a_generator_that_dies_or_lies_changes_nothing(
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    how: str,
+    rounds_in_flight: int,
+) -> None:
+    """Restarted or pushed to again, given its prompts again: the run is the undisturbed one."""
+    overlap = {"rounds_in_flight": rounds_in_flight}
+    cfg = tiny.config(tiny_model, tmp_path, resampling=overlap)
+    job.run(cfg, quiet=True)
+    undisturbed = tiny.records(cfg.run_dir)
+
+    marker = tmp_path / "happened"
+    monkeypatch.setattr(job, "plan_crew", lambda *args: mortal(plan_crew(*args), marker, how))
+    mended = on_ray(cfg, tmp_path / "mended")
+    job.run(mended, quiet=True)
+    assert marker.exists()
+    assert tiny.records(mended.run_dir) == undisturbed
+    for ledger in sorted((cfg.run_dir / "ledger").glob("*.parquet")):
+        other = mended.run_dir / "ledger" / ledger.name
+        assert pq.read_table(other).equals(pq.read_table(ledger))
+
+
 def test_too_few_cores_are_refused_before_anything_starts(tiny_model: Path, tmp_path: Path) -> None:
     """The learner takes turns with the generators, unless rounds are sampled while it learns."""
     for in_flight, said, needed in (
@@ -138,6 +199,20 @@ def test_too_few_cores_are_refused_before_anything_starts(tiny_model: Path, tmp_
             refuse_too_few_cores(plan_crew(cfg, 1, 1), 2)
         assert "\n" not in str(refusal.value)
         refuse_too_few_cores(plan_crew(cfg, 1, 1), needed)
+
+
+def test_missing_gpus_are_refused_with_what_there_is(tiny_model: Path, tmp_path: Path) -> None:
+    generator = {"replicas": 3, "backend": "vllm", "gpus": 0.5}
+    cfg = tiny.config(tiny_model, tmp_path, generator=generator, learner={"gpus": 1})
+    plan = plan_crew(cfg, 1, 1)
+    refuse_missing_gpus(plan, 2.5)
+    with pytest.raises(UserError) as refusal:
+        refuse_missing_gpus(plan, 2.0)
+    assert str(refusal.value).startswith(
+        "generator.gpus=0.5, generator.replicas=3, learner.gpus=1: they need 2.5 GPUs, this "
+        "machine has 2; give them less"
+    )
+    assert "\n" not in str(refusal.value)
 
 
 def test_a_users_folder_does_not_come_before_ours(tiny_model: Path, tmp_path: Path) -> None:

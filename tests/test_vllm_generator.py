@@ -175,9 +175,10 @@ def test_a_bucket_that_does_not_come_is_caught(engines, models):
     unlisted = dataclasses.replace(whole, buckets=whole.buckets[:-1])
     with pytest.raises(SyncError, match=r"version 1: lists \d+ buckets, which are not those that"):
         generator.load(unlisted)
-    with pytest.raises(SyncError, match="lists .* buckets"):
-        learner.weights()
-        generator.prove(probe_ids, learner.sent(), learner.probe(probe_ids, 4), 1e-3)
+    learner.weights()
+    proof = (probe_ids, learner.sent(), learner.probe(probe_ids, 4), 1e-3)
+    with pytest.raises(SyncError, match=r"lists \d+ buckets"):
+        generator.prove(*proof)
     with pytest.raises(SyncError, match="does not sample: it weight push of version 1"):
         sampled(generator, prompts_of(models["untied"], 1))
     assert push(generator, learner, probe_ids).gap < 1e-4
@@ -262,10 +263,10 @@ def test_stop_tokens_and_strings_end_a_completion_and_stay_in_it(reshaping, mode
 
 
 def test_an_engine_that_hides_how_it_drew_is_refused_where_it_matters(models, monkeypatch):
-    monkeypatch.setattr("workers.vllm_worker.PushReceiver.record_sampling_logprobs", lambda _: False)
-    said = (
-        r"^generator.backend=vllm: this engine does not tell .* \(temperature=0.5\), which importance"
+    monkeypatch.setattr(
+        "workers.vllm_worker.PushReceiver.record_sampling_logprobs", lambda _: False
     )
+    said = r"^generator.backend=vllm: this engine does not tell .* \(temperature=0.5\), which imp"
     with pytest.raises(UserError, match=said):
         build(models["untied"], sampling={"temperature": 0.5}, needs_sampling_logprobs=True)
     generator = build(models["untied"], sampling={"temperature": 0.5})
@@ -350,6 +351,15 @@ def test_a_bad_push_in_flight_stops_what_is_being_sampled(models, monkeypatch):
     assert {c.version for c in sampled(generator, prompts, after_push=3)} == {1}
 
 
+def test_a_rest_is_over_with_the_next_call(engines, models):
+    generator, learner = engines("untied"), learner_of(models["untied"])
+    push(generator, learner, probe_of(models["untied"]))
+    before = sampled(generator, prompts_of(models["untied"], 4))
+    generator.rest()
+    after = sampled(generator, prompts_of(models["untied"], 4))
+    assert [c.ids.tolist() for c in after] == [c.ids.tolist() for c in before]
+
+
 # --- adapters, precision, arguments ----------------------------------------------------------
 
 
@@ -378,7 +388,9 @@ def test_in_bfloat16_the_gap_is_bounded_by_config(models):
     learner = learner_of(models["untied"])
     learner._push_dtype = torch.bfloat16
     probe_ids = probe_of(models["untied"])
-    with pytest.raises(SyncError, match=r"its probe differs from the learner's by .* .limit 0.001."):
+    with pytest.raises(
+        SyncError, match=r"its probe differs from the learner's by .* .limit 0.001."
+    ):
         push(generator, learner, probe_ids, limit=1e-3)
     policy = PolicyOptions(model=str(models["untied"]))
     limit = GeneratorOptions(backend="vllm", dtype="bfloat16").gap_limit(policy)
@@ -404,7 +416,7 @@ def test_engine_arguments_that_cannot_be_are_one_line(engine, said):
 def test_what_vllm_itself_refuses_is_one_line(models):
     from workers.vllm_generator import VllmGenerator
 
-    with pytest.raises(UserError, match="^generator.engine: vLLM refuses it: ") as refused:
+    with pytest.raises(UserError, match=r"^generator.engine: vLLM refuses it: ") as refused:
         VllmGenerator(
             PolicyOptions(model=str(models["untied"])),
             SamplingOptions(),

@@ -607,7 +607,7 @@ def test_a_learner_that_died_is_not_blamed_on_a_generator():
     slot = Slot(FakeGenerator)
     sync = WeightSync(replicas(slot), PROBE)
     sync.push(RemoteLearner(DeadLearner()))
-    with pytest.raises(WorkerDied, match="^the process of learner ended$"):
+    with pytest.raises(WorkerDied, match=r"^the process of learner ended$"):
         sync.prove(0)
     assert "restart" not in slot.calls
 

@@ -95,6 +95,11 @@ class GapOptions(BaseModel):
     )
     clip: Positive = Field(default=2.0, description="Largest weight of a truncated correction")
 
+    @property
+    def weight_clip(self) -> float | None:
+        """The largest weight of a loss; None where losses are not weighed."""
+        return self.clip if self.correction == "truncated" else None
+
 
 class GeneratorOptions(BaseModel):
     """Which backend samples, and how many replicas of it."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -42,6 +42,8 @@ class Completion:
     first token, where ``last_version`` names another that wrote the last (in-flight updates).
     ``reference_logprobs`` [T] are filled in once a reference has scored it. ``reference_share`` μ
     says whose sample it is: of π^(1−μ)·π_ref^μ, normalised token by token; 0 is the policy's own.
+    ``gap_log_weight`` is Σ_t (learner's − generator's plain log-probability) in nats where
+    ``logprobs`` are the learner's own, recomputed; None where they are what the generator gave.
     """
 
     position: int
@@ -56,6 +58,7 @@ class Completion:
     reference_logprobs: FloatArray | None = None
     reference_share: float = 0.0
     last_version: int | None = None
+    gap_log_weight: float | None = None
 
     @property
     def behaviour_logprobs(self) -> FloatArray:
@@ -159,6 +162,14 @@ class Round:
         written = {c.version for c in self.completions}
         written |= {c.last_version for c in self.completions if c.last_version is not None}
         return sorted({self.version} | written)
+
+    def with_completions(self, change: Callable[[Completion], Completion]) -> Round:
+        """The same round with each completion changed."""
+        groups = tuple(
+            replace(group, completions=tuple(change(c) for c in group.completions))
+            for group in self.groups
+        )
+        return replace(self, groups=groups)
 
     @property
     def completions(self) -> list[Completion]:

@@ -50,6 +50,11 @@ def build_engine(policy: PolicyOptions, options: GeneratorOptions) -> Any:
             f"generator.backend=vllm: vLLM cannot be imported ({_first_line(error)}): run `make "
             "install-vllm`, or set generator.backend to transformers"
         ) from error
+    if options.gpus and current_platform.is_cpu():
+        raise UserError(
+            f"generator.gpus={options.gpus:g}: the vLLM installed here is built for the CPU: set "
+            "it to 0, or run `make install-vllm` on a machine with a GPU"
+        )
     refuse_unknown_arguments(options.engine, [field.name for field in fields(EngineArgs)])
     arguments = {
         "model": str(resolve_model(policy.model)),

@@ -135,7 +135,7 @@ class VllmGenerator:
 
     def _probe(self, prompt_ids: IntArray, new_tokens: int) -> Completion:
         name = next(self._names)
-        self._add(name, prompt_ids, temperature=0.0, max_tokens=new_tokens, min_tokens=new_tokens)
+        self._add(name, prompt_ids, temperature=0.0, max_tokens=new_tokens)
         while name not in self._finished:
             self._step()
         output = self._finished.pop(name)

@@ -82,6 +82,7 @@ def plan_crew(cfg: Config, generator_threads: int, learner_threads: int) -> Crew
             keep_reference=cfg.drift.reference,
             transport=cfg.generator.moves_by,
             push_dtype=cfg.generator.dtype_for(cfg.policy),
+            gap_clip=cfg.generator.gap.weight_clip,
         )
 
     def judge() -> Any:

@@ -109,6 +109,7 @@ def ray_crew(plan: CrewPlan) -> Iterator[Crew]:
             logging_level="ERROR",
         )
     try:
+        refuse_missing_gpus(plan, ray.cluster_resources().get("GPU", 0.0))
         handles = {worker.name: RayHandle(worker) for worker in plan.workers}
         for handle in handles.values():
             handle.ready()
@@ -132,6 +133,18 @@ def _start(worker: WorkerPlan) -> Any:
     if worker.beside:
         options["concurrency_groups"] = {BESIDE: 1}
     return ray.remote(_Actor).options(**options).remote(worker)
+
+
+def refuse_missing_gpus(plan: CrewPlan, gpus: float) -> None:
+    """Raises UserError when the workers set aside more GPUs than there are."""
+    wanted = sum(worker.gpus for worker in plan.workers)
+    if wanted > gpus:
+        each = plan.generators[0].gpus
+        raise UserError(
+            f"generator.gpus={each:g}, generator.replicas={len(plan.generators)}, learner.gpus="
+            f"{plan.learner.gpus:g}: they need {wanted:g} GPUs, this machine has {gpus:g}; give "
+            "them less (fractions of generator.gpus share one), or 0 to run on the CPU"
+        )
 
 
 def refuse_too_few_cores(plan: CrewPlan, cores: int) -> None:

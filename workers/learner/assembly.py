@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -192,6 +193,29 @@ def behaviour_logps(items: Sequence[BatchCompletion], logps: Tensor, version: in
         ]
     )
     return torch.where(itself, logps, recorded)
+
+
+def gap_weights(
+    items: Sequence[BatchCompletion], examples: Sequence[BatchExample], clip: float | None
+) -> Tensor:
+    """[E] min(clip, learner / generator) of each example's rows, float64 constants.
+
+    The probabilities are of the policy's own samples, by ``gap_log_weight``: an opponent's was not
+    drawn from the policy. 1 without a clip, and where a round was not corrected. Truncated
+    importance sampling: Ionides, J. Comput. Graph. Stat. 17(2), 2008; against the mismatch of
+    engine and learner: Yao et al., On the Rollout-Training Mismatch in Modern RL Systems, 2025.
+    """
+    if clip is None:
+        return torch.ones(len(examples), dtype=torch.float64)
+    own = {
+        row: item.completion.gap_log_weight
+        for row, item in enumerate(items)
+        if item.completion.gap_log_weight is not None and not item.completion.reference_share
+    }
+    found = [[own[row] for row in example.rows if row in own] for example in examples]
+    log_weights = torch.tensor([math.fsum(values) for values in found], dtype=torch.float64)
+    corrected = torch.tensor([bool(values) for values in found])
+    return torch.where(corrected, log_weights.exp().clamp(max=clip), 1.0)
 
 
 def _wpo(scored: ScoredRows) -> Tensor:

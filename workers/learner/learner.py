@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from judges.errors import UserError
 from workers.learner.logprobs import CompletionScorer, score_batch
 from workers.learner.loss import BatchLoss
 from workers.learner.options import LearnerOptions, ReferenceOptions, learning_rate
@@ -42,7 +43,8 @@ class Learner:
 
     ``version`` counts updates applied. Dropout is off: a completion has one log-probability. A
     reference is kept where the objective needs one or ``keep_reference`` asks for it. With LoRA
-    the adapters alone are learned, pushed and saved.
+    the adapters alone are learned, pushed and saved. ``gap_clip`` is the largest weight of a loss
+    against a corrected generator's gap; None weighs none.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Learner:
         keep_reference: bool = False,
         transport: TransportName = "object_store",
         push_dtype: str = "float32",
+        gap_clip: float | None = None,
     ) -> None:
         self.version = 0
         self._sent = Receipt(-1, "")
@@ -64,13 +67,14 @@ class Learner:
         self._objective_options = objective
         self._updates = updates
         self._base_model, self._lora = policy.model, policy.lora
-        self._policy = load_policy(policy)
+        self._device = device_of(options.gpus)
+        self._policy = load_policy(policy).to(self._device)
         self._score_policy = CompletionScorer(self._policy)
         self._reference: Reference | None = None
         if objective.needs.reference or keep_reference:
             self._reference = Reference(self._policy, reference or ReferenceOptions())
         tokens = options.tokens_per_micro_batch
-        self._loss = BatchLoss(objective, self._score_policy, self._reference, tokens)
+        self._loss = BatchLoss(objective, self._score_policy, self._reference, tokens, gap_clip)
         self._optimizer = torch.optim.AdamW(
             trainable(self._policy).values(),
             lr=options.learning_rate,
@@ -111,7 +115,7 @@ class Learner:
     @torch.no_grad()
     def probe(self, prompt_ids: IntArray, new_tokens: int) -> Completion:
         """Greedy continuation of the probe, by full forward passes: nothing is cached."""
-        ids = torch.from_numpy(prompt_ids)
+        ids = torch.from_numpy(prompt_ids).to(self._device)
         logprobs = []
         for _ in range(new_tokens):
             logits = self._policy(ids[None], use_cache=False, logits_to_keep=1).logits[:, -1]
@@ -199,7 +203,7 @@ class Learner:
 
     def load(self, directory: Path) -> int:
         """Take up a checkpoint's state; returns its version."""
-        state = torch.load(directory / "learner.pt", weights_only=True)
+        state = torch.load(directory / "learner.pt", map_location="cpu", weights_only=True)
         load_model_state(self._policy, state["policy"])
         if self._reference is not None:
             self._reference.load(state["reference"])
@@ -228,3 +232,15 @@ class Learner:
         merged(self._policy).save_pretrained(directory)
         if self._lora is not None:
             write_adapter(self._policy, self._lora, self._base_model, directory / "adapter")
+
+
+def device_of(gpus: int) -> torch.device:
+    """The GPU that this process was given, or the CPU. Raises UserError where there is none."""
+    if not gpus:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError(
+            f"learner.gpus={gpus}: torch {torch.__version__} finds no GPU for the learner: set it "
+            "to 0, or install a CUDA build of torch where a GPU is"
+        )
+    return torch.device("cuda")

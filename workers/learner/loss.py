@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 
 from judges.errors import UserError
-from workers.learner.assembly import Assembly, ScoredRows, behaviour_logps, reference_logprobs
+from workers.learner.assembly import (
+    Assembly,
+    ScoredRows,
+    behaviour_logps,
+    gap_weights,
+    reference_logprobs,
+)
 from workers.learner.batching import micro_batches, pad_rows
 from workers.learner.density_ratio import DensityRatio
 from workers.learner.logprobs import CompletionScorer, score_batch
@@ -38,7 +44,8 @@ class BatchLoss:
 
     An objective of single examples is differentiated through each micro-batch in one pass. One that
     needs the whole update is computed on log-probabilities scored beforehand, and its gradient with
-    respect to them is carried through a second pass: accumulation cannot change it.
+    respect to them is carried through a second pass: accumulation cannot change it. Each example's
+    loss is multiplied by its ``gap_weights`` under ``gap_clip``.
     """
 
     def __init__(
@@ -47,12 +54,14 @@ class BatchLoss:
         score_policy: CompletionScorer,
         reference: Reference | None,
         tokens_per_micro_batch: int,
+        gap_clip: float | None = None,
     ) -> None:
         self._name = options.name
         self._objective = build_objective(options)
         self._score_policy = score_policy
         self._reference = reference
         self._tokens_per_micro_batch = tokens_per_micro_batch
+        self._gap_clip = gap_clip
         self._density_ratio: DensityRatio | None = None
         if isinstance(options, BcoOptions) and options.embedding_model is not None:
             self._density_ratio = DensityRatio(options.embedding_model)
@@ -158,7 +167,8 @@ class BatchLoss:
                 f"objective.name={self._name}: its loss does not depend on the policy: compute it "
                 "from the record's log-probabilities, without detach()"
             )
-        return output
+        weights = gap_weights(update.batch.completions, examples, self._gap_clip)
+        return replace(output, loss=output.loss * weights.to(output.loss))
 
     def _mismatched(self, items: tuple[BatchCompletion, ...]) -> tuple[Tensor, Tensor] | None:
         """Policy and reference log-probabilities [M] of completions under others' prompts."""
