@@ -8,7 +8,7 @@ DEV      := .venv/.installed-dev
 BENCH    := .venv/.installed-bench
 VLLM     := .venv/.installed-vllm
 
-.PHONY: help quickstart quickstart-vllm install install-vllm test test-slow test-vllm check bench clean
+.PHONY: help quickstart quickstart-vllm install install-vllm test test-slow test-vllm check bench bench-vllm clean
 
 help:
 	@echo "make quickstart   install, fetch a 15 M-parameter model, align it (minutes, 2 cores)"
@@ -46,6 +46,11 @@ check: $(DEV)
 bench: $(BENCH)
 	$(BIN)/python benchmarks/end_to_end.py
 	$(BIN)/python benchmarks/objectives.py
+	$(BIN)/python benchmarks/weight_sync.py
+
+bench-vllm: $(VLLM)
+	$(BIN)/python benchmarks/generate.py
+	$(BIN)/python benchmarks/weight_sync.py
 
 $(CORE): pyproject.toml
 	$(PYTHON) -m venv .venv

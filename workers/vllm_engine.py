@@ -114,5 +114,5 @@ def _first_line(error: BaseException) -> str:
     """The line of a message that says what is wrong; pydantic's first only counts errors."""
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
     if len(lines) > 2 and "validation error" in lines[0]:
-        return lines[2].split(" [type=")[0]
+        return f"{lines[1]}: {lines[2].split(' [type=')[0]}"
     return lines[0] if lines else type(error).__name__

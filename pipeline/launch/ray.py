@@ -130,9 +130,8 @@ def _start(worker: WorkerPlan) -> Any:
         "num_gpus": worker.gpus,
         "runtime_env": {"env_vars": thread_environment(worker.threads)},
     }
-    if worker.beside:
-        options["concurrency_groups"] = {BESIDE: 1}
-    return ray.remote(_Actor).options(**options).remote(worker)
+    groups = {"concurrency_groups": {BESIDE: 1}} if worker.beside else {"num_cpus": worker.cpus}
+    return ray.remote(**groups)(_Actor).options(**options).remote(worker)
 
 
 def refuse_missing_gpus(plan: CrewPlan, gpus: float) -> None:

@@ -178,7 +178,8 @@ class Learner:
         """
         began = time.perf_counter()
         self._transport.release(keep_from)
-        packed = pack(trainable(self._policy), self._push_dtype)
+        tensors = trainable(self._policy)
+        packed = pack(tensors, self._push_dtype, device=self._transport.device)
         push = push_of(self.version, packed, self._transport)
         self._sent = Receipt(push.version, push.checksum, time.perf_counter() - began)
         return push

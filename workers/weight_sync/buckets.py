@@ -123,11 +123,12 @@ def pack(
     tensors: Mapping[str, torch.Tensor],
     dtype: torch.dtype | None = None,
     bucket_bytes: int = BUCKET_BYTES,
+    device: str = "cpu",
 ) -> list[tuple[Bucket, torch.Tensor]]:
     """Copy the tensors, in their order, into buckets of ``bucket_bytes`` at most (or a tensor).
 
-    The bytes [size] uint8 stay on the tensors' device. ``dtype`` is what floating-point tensors
-    travel as; None leaves them as they are.
+    The bytes [size] uint8 come to lie on ``device``: where they are received, as a checksum
+    depends on it. ``dtype`` is what floating-point tensors travel as; None leaves them as they are.
     """
     import torch
 
@@ -135,7 +136,7 @@ def pack(
     for group in _groups(tensors, dtype, bucket_bytes):
         slots = tuple(slot for slot, _ in group)
         size = slots[-1].offset + slots[-1].size
-        data = torch.zeros(size, dtype=torch.uint8, device=group[0][1].device)
+        data = torch.zeros(size, dtype=torch.uint8, device=device)
         for slot, tensor in group:
             _place(data, slot).copy_(tensor.detach())
         packed.append((Bucket(slots, size, checksum_of(data)), data))

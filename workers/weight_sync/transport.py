@@ -64,11 +64,7 @@ def build_transport(name: TransportName) -> Transport:
 def push_of(
     version: int, packed: Sequence[tuple[Bucket, torch.Tensor]], transport: Transport
 ) -> WeightPush:
-    """What a generator is given to load a version."""
+    """What a generator is given to load a version, packed on the transport's device."""
     buckets = tuple(bucket for bucket, _ in packed)
-    data = [
-        tensor if tensor.device.type == transport.device else tensor.to(transport.device)
-        for _, tensor in packed
-    ]
-    source = transport.publish(version, data)
+    source = transport.publish(version, [data for _, data in packed])
     return WeightPush(version, buckets, checksum_of_all(buckets), source)

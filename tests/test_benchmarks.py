@@ -1,0 +1,102 @@
+"""The benchmarks run and say what they promise; how fast anything is, no test can tell."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+def run(command: str) -> dict[str, Any]:
+    """The JSON object on the last line that a benchmark prints; it is not to see a GPU."""
+    done = subprocess.run(
+        [sys.executable, *command.split()],
+        cwd=BENCHMARKS,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def numbers(value: Any) -> list[float]:
+    """All numbers of a JSON value."""
+    if isinstance(value, dict | list):
+        items = value.values() if isinstance(value, dict) else value
+        return [number for item in items for number in numbers(item)]
+    return [value] if isinstance(value, int | float) else []
+
+
+def assert_measured(value: Any) -> None:
+    assert numbers(value)
+    assert all(math.isfinite(number) and number > 0 for number in numbers(value)), value
+
+
+def test_weight_sync():
+    found = run("weight_sync.py --megabytes 1 --repeats 2 --transports gloo --sets synthetic")
+    assert (found["benchmark"], found["receivers"], found["repeats"]) == ("weight_sync", 2, 2)
+    synthetic = found["sets"].pop("synthetic")
+    assert not found["sets"]
+    assert synthetic["megabytes"] == 1.0
+    assert set(synthetic["sides"]) == {"gloo"}
+    gloo = synthetic["sides"]["gloo"]
+    assert set(gloo["parts"]) == {"pack", "transport", "load"}
+    assert len(gloo["runs"]) == 2
+    assert_measured(synthetic)
+
+
+def test_weight_sync_of_a_gpu():
+    found = run("gpu/weight_sync.py --tiny --repeats 2")
+    assert (found["device"], found["gpu"]) == ("cpu", None)
+    sides = found["sides"]
+    assert {name for name, side in sides.items() if "skipped" in side} == {"ipc", "nccl"}
+    assert set(sides) == {"copy", "checksum", "pack", "host", "gloo", "ipc", "nccl"}
+    for name in ("copy", "checksum", "pack", "host", "gloo"):
+        assert {"seconds", "gb_per_second", "times_copy"} <= set(sides[name])
+        assert_measured(sides[name])
+
+
+def test_generate_of_a_gpu():
+    found = run("gpu/generate.py --tiny --repeats 2 --without-vllm")
+    assert set(found["tokens_per_second"]) == {"transformers"}
+    assert set(found["skipped"]) == {"vllm"}
+    assert_measured(found["tokens_per_second"])
+
+
+def test_without_a_gpu_a_benchmark_of_one_says_so():
+    found = run("gpu/weight_sync.py")
+    assert found["gpu"] is None
+    assert "no GPU" in found["skipped"]
+
+
+@pytest.mark.vllm
+def test_generate(stories15m):
+    found = run("generate.py --repeats 1 --new-tokens 4")
+    assert set(found["ours_times"]) == {"direct", "direct_ids", "direct_plain", "transformers"}
+    assert found["same_tokens"]
+    assert_measured([found["tokens_per_second"], found["tokens_per_cpu_second"]])
+
+
+@pytest.mark.vllm
+def test_vllm_of_a_gpu():
+    found = run("gpu/generate.py --tiny --repeats 1")
+    assert not found["skipped"]
+    assert found["same_tokens"]
+    assert_measured([found["tokens_per_second"], found["vllm_load_seconds"]])
+
+
+@pytest.mark.vllm
+def test_weight_sync_into_vllm(stories15m):
+    found = run("weight_sync.py --repeats 1 --transports gloo --sets stories15m")
+    assert set(found["sets"]["stories15m"]["sides"]) == {"gloo", "vllm, gloo"}
+    assert_measured(found["sets"])
