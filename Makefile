@@ -50,7 +50,6 @@ bench: $(BENCH)
 
 bench-vllm: $(VLLM)
 	$(BIN)/python benchmarks/generate.py
-	$(BIN)/python benchmarks/weight_sync.py
 
 $(CORE): pyproject.toml
 	$(PYTHON) -m venv .venv

@@ -40,7 +40,8 @@ from workers.models.fetch import fetch_model
 from workers.options import PolicyOptions
 from workers.threads import apply_threads, thread_environment
 from workers.vllm_engine import ENVIRONMENT
-from workers.weight_sync.buckets import Source, WeightPush, pack, unpack_into
+from workers.weight_sync.buckets import Source, WeightPush, unpack_into
+from workers.weight_sync.staging import Staging
 from workers.weight_sync.transport import ObjectStore, Transport, build_transport, push_of
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -256,12 +257,13 @@ def _measure(
     if vllm is not None:
         sides[f"vllm, {vllm}"] = (links[vllm], True)
     pushes: dict[str, list[Received]] = {name: [] for name in sides}
+    stagings = {name: Staging("cpu") for name in sides}
     for version in range(repeats + 1):
         began = time.perf_counter()
         np.copyto(target, source)
         copies.append(time.perf_counter() - began)
         for name, (link, into_vllm) in sides.items():
-            pushes[name].append(_push(version, tensors, link, into_vllm))
+            pushes[name].append(_push(version, tensors, stagings[name], link, into_vllm))
     per_mb = 1e3 / (size / 1e6)
     copy = statistics.median(copies[1:]) * per_mb
     summary: dict[str, Any] = {"megabytes": size / 1e6, "copy_ms_per_mb": copy, "sides": {}}
@@ -277,11 +279,14 @@ def _measure(
     return summary
 
 
-def _push(version: int, tensors: dict[str, Any], link: Link, into_vllm: bool) -> Received:
+def _push(
+    version: int, tensors: dict[str, Any], staging: Staging, link: Link, into_vllm: bool
+) -> Received:
     """One version from the learner's tensors into all receivers, no older one kept."""
     link.transport.release(version)
+    staging.release(version)
     began = time.perf_counter()
-    push = push_of(version, pack(tensors), link.transport)
+    push = push_of(version, staging.pack(version, tensors), link.transport)
     packed = time.perf_counter()
     last = max(link.load(push, into_vllm))
     return Received(packed - began, last.ended - packed - last.load, last.load)

@@ -13,6 +13,7 @@ import torch
 from workers.weight_sync import process_group
 from workers.weight_sync.buckets import Receipt, SyncError, arriving, pack, receipt_of, unpack_into
 from workers.weight_sync.process_group import GroupSource, GroupTransport, own_address
+from workers.weight_sync.staging import Staging
 from workers.weight_sync.transport import ObjectStore, build_transport, push_of
 
 
@@ -125,6 +126,29 @@ def test_the_learner_does_not_wait_for_receivers(transport):
 def test_the_address_is_one_that_can_be_connected_to():
     assert own_address("127.0.0.1") == "127.0.0.1"
     assert own_address().count(".") == 3
+
+
+def test_memory_is_used_again_only_once_its_version_is_released():
+    staging = Staging("cpu")
+    first = [staging.take(1, size) for size in (8, 16)]
+    second = staging.take(2, 8)
+    assert second.data_ptr() not in {data.data_ptr() for data in first}
+    staging.release(below=1)
+    assert staging.take(3, 16).data_ptr() != first[1].data_ptr()
+    staging.release(below=2)
+    assert staging.take(4, 16).data_ptr() == first[1].data_ptr()
+    assert staging.take(4, 24).numel() == 24
+    assert staging.take(4, 8).data_ptr() == first[0].data_ptr()
+
+
+def test_what_lay_in_used_memory_before_does_not_show():
+    """Between a tensor of one byte and one of eight lie seven that are always nothing."""
+    held = {"flag": torch.tensor(True), "eight": torch.tensor([5])}
+    used = torch.full((16,), 255, dtype=torch.uint8)
+    ((again, data),) = pack(held, allocate=lambda _: used)
+    assert bytes(data.numpy()) == b"\x01" + bytes(7) + (5).to_bytes(8, "little")
+    ((new, _),) = pack(held)
+    assert again == new
 
 
 def test_names_are_transports():

@@ -33,6 +33,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from workers.weight_sync.buckets import device_checksum, pack, unpack_into
+from workers.weight_sync.staging import Staging
 from workers.weight_sync.transport import ObjectStore, build_transport, push_of
 
 Tensors = dict[str, torch.Tensor]
@@ -112,12 +113,13 @@ def _in_this_process(
     tensors: Tensors, size: int, device: str, repeats: int
 ) -> dict[str, dict[str, Any]]:
     source, target = (torch.ones(size, dtype=torch.uint8, device=device) for _ in range(2))
-    buckets = [data for _, data in pack(tensors)]
+    staging = Staging(device)
+    buckets = [data for _, data in Staging(device).pack(0, tensors)]
     received = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
     sides: dict[str, Callable[[int], Any]] = {
         "copy": lambda _: target.copy_(source),
         "checksum": lambda _: [device_checksum(data) for data in buckets],
-        "pack": lambda _: pack(tensors),
+        "pack": lambda version: _packed(staging, version, tensors),
         "host": lambda version: _over_the_host(version, tensors, received),
     }
     seconds: dict[str, list[float]] = {name: [] for name in sides}
@@ -129,6 +131,11 @@ def _in_this_process(
             _finish(device)
             seconds[name].append(time.perf_counter() - began)
     return {name: _summary(values[1:], size) for name, values in seconds.items()}
+
+
+def _packed(staging: Staging, version: int, tensors: Tensors) -> None:
+    staging.release(version)
+    staging.pack(version, tensors)
 
 
 def _over_the_host(version: int, tensors: Tensors, received: Tensors) -> None:
@@ -166,10 +173,12 @@ def _sent(name: str, tensors: Tensors, size: int, options: argparse.Namespace) -
     whole, loads = [], []
     try:
         transport = build_transport(name)
+        staging = Staging(transport.device)
         for version in range(options.repeats + 1):
             transport.release(version)
+            staging.release(version)
             began = time.perf_counter()
-            ours.send(push_of(version, pack(tensors), transport))
+            ours.send(push_of(version, staging.pack(version, tensors), transport))
             answer = ours.recv()
             if isinstance(answer, str):
                 return {"skipped": answer}

@@ -34,7 +34,8 @@ from workers.models.lora import (
 )
 from workers.options import PolicyOptions
 from workers.sampler import logprobs_of
-from workers.weight_sync.buckets import Receipt, WeightPush, pack
+from workers.weight_sync.buckets import Receipt, WeightPush
+from workers.weight_sync.staging import Staging
 from workers.weight_sync.transport import TransportName, build_transport, push_of
 
 
@@ -62,6 +63,7 @@ class Learner:
         self.version = 0
         self._sent = Receipt(-1, "")
         self._transport = build_transport(transport)
+        self._staging = Staging(self._transport.device)
         self._push_dtype: torch.dtype = getattr(torch, push_dtype)
         self._options = options
         self._objective_options = objective
@@ -178,8 +180,8 @@ class Learner:
         """
         began = time.perf_counter()
         self._transport.release(keep_from)
-        tensors = trainable(self._policy)
-        packed = pack(tensors, self._push_dtype, device=self._transport.device)
+        self._staging.release(keep_from)
+        packed = self._staging.pack(self.version, trainable(self._policy), self._push_dtype)
         push = push_of(self.version, packed, self._transport)
         self._sent = Receipt(push.version, push.checksum, time.perf_counter() - began)
         return push

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -123,24 +123,32 @@ def pack(
     tensors: Mapping[str, torch.Tensor],
     dtype: torch.dtype | None = None,
     bucket_bytes: int = BUCKET_BYTES,
-    device: str = "cpu",
+    allocate: Callable[[int], torch.Tensor] | None = None,
 ) -> list[tuple[Bucket, torch.Tensor]]:
     """Copy the tensors, in their order, into buckets of ``bucket_bytes`` at most (or a tensor).
 
-    The bytes [size] uint8 come to lie on ``device``: where they are received, as a checksum
-    depends on it. ``dtype`` is what floating-point tensors travel as; None leaves them as they are.
+    ``allocate`` gives memory for so many bytes, [size] uint8, on the device where they will be
+    received, as a checksum depends on it; without it, new memory of the CPU's. ``dtype`` is what
+    floating-point tensors travel as; None leaves them as they are.
     """
-    import torch
-
     packed = []
     for group in _groups(tensors, dtype, bucket_bytes):
         slots = tuple(slot for slot, _ in group)
         size = slots[-1].offset + slots[-1].size
-        data = torch.zeros(size, dtype=torch.uint8, device=device)
+        data = (allocate or _new_memory)(size)
+        end = 0
         for slot, tensor in group:
+            data[end : slot.offset].zero_()  # what aligns the next tensor
             _place(data, slot).copy_(tensor.detach())
+            end = slot.offset + slot.size
         packed.append((Bucket(slots, size, checksum_of(data)), data))
     return packed
+
+
+def _new_memory(size: int) -> torch.Tensor:
+    import torch
+
+    return torch.empty(size, dtype=torch.uint8)
 
 
 def _place(data: torch.Tensor, slot: TensorSlot) -> torch.Tensor:
