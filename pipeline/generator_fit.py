@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from judges.errors import UserError
@@ -33,6 +34,7 @@ class Generation:
             )
         if backend == "transformers":
             self._check_transformers()
+        self._check_engine()
         self._check_in_flight_updates()
         self._check_transport()
         gap = self.generator.gap
@@ -64,6 +66,21 @@ class Generation:
                     "out, or use generator.backend=vllm (make install-vllm)"
                 )
 
+    def _check_engine(self) -> None:
+        engine, gpus = self.generator.engine, self.generator.gpus
+        sizes = [engine.get(f"{kind}_parallel_size", 1) for kind in ("tensor", "pipeline")]
+        wanted = math.prod(size for size in sizes if isinstance(size, int))
+        if gpus and wanted > 1 and gpus != wanted:
+            raise UserError(
+                f"generator.gpus={gpus:g}: an engine of {wanted} GPUs (tensor_parallel_size × "
+                f"pipeline_parallel_size) needs {wanted} of them; set it to that"
+            )
+        if self.generator.in_flight_updates and engine.get("async_scheduling"):
+            raise UserError(
+                "generator.engine.async_scheduling=true: with in_flight_updates a step must be "
+                "over when weights come in: leave it out"
+            )
+
     def _check_in_flight_updates(self) -> None:
         if not self.generator.in_flight_updates:
             return
@@ -79,6 +96,11 @@ class Generation:
         transport = self.generator.moves_by
         if transport not in ("nccl", "ipc"):
             return
+        if self.inline:
+            raise UserError(
+                f"generator.transport={transport}: moves weights between processes, and "
+                "cluster.address=inline has one: use object_store"
+            )
         if not (self.generator.gpus and self.learner.gpus):
             raise UserError(
                 f"generator.transport={transport}: moves weights from GPU to GPU, but "

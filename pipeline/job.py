@@ -71,8 +71,16 @@ def run(cfg: Config, *, quiet: bool = False) -> RunResult:
     """
     refuse_existing_run(cfg.run_dir)
     inputs = _check_inputs(cfg)
+    cfg = settled(cfg)
     generator, learner = threads_of(cfg, cores())
     return _run(cfg, inputs, {"generator": generator, "learner": learner}, True, quiet)
+
+
+def settled(cfg: Config) -> Config:
+    """The config with the backend that auto stands for: a resumed run goes on with the same."""
+    backend = cfg.generator.backend_for(cfg.objective.needs)
+    generator = cfg.generator.model_copy(update={"backend": backend})
+    return cfg.model_copy(update={"generator": generator})
 
 
 def resume(run_dir: str | Path, *, quiet: bool = False) -> RunResult:
@@ -247,7 +255,7 @@ def _rollout(
         unit_size=unit_size(cfg, cfg.sampling.prompts_per_update),
         max_invalid_share=cfg.judge.max_invalid_share,
         in_flight_updates=cfg.generator.in_flight_updates,
-        rest_between_rounds=bool(cfg.generator.engine.get("enable_sleep_mode")),
+        rest_between_rounds=rests(cfg),
         run_seed=cfg.run.seed,
     )
 
@@ -257,6 +265,12 @@ def unit_size(cfg: Config, fixed: int) -> UnitSize:
     if cfg.generator.backend_for(cfg.objective.needs) == "vllm":
         return UnitSize(replicas=cfg.generator.replicas)
     return UnitSize(fixed)
+
+
+def rests(cfg: Config) -> bool:
+    """Whether generators give their GPU's memory back after a round, while the learner learns."""
+    waits = cfg.resampling.rounds_in_flight == 0
+    return waits and bool(cfg.generator.engine.get("enable_sleep_mode"))
 
 
 def reference_shares(cfg: Config) -> list[float]:

@@ -286,7 +286,7 @@ def test_an_unknown_key_names_the_nearest(file, override, key, hint):
         ("policy.lora.target_modules=q_proj", "must be all-linear or a list of module names, e"),
         ("policy.lora.target_modules=[]", "must be all-linear or a list of module names, e.g. "),
         ("learner.workers=2", "must be 1 — Learner processes (only one is built yet)"),
-        ("learner.gpus=2", "must be 0 or 1 — 1 = learn on a GPU, 0 = on the CPU"),
+        ("learner.gpus=2", "must be less than or equal to 1 — GPU to learn on, or a share of one"),
         (
             "generator.gpus=-1",
             "must be greater than or equal to 0 — GPUs of each; fractions share ",

@@ -39,9 +39,29 @@ VLLM = {"backend": "vllm"}
             "generator.in_flight_updates=true: with cluster.address=inline no round is",
         ),
         (
-            {"generator": VLLM | {"transport": "nccl", "gpus": 1}},
+            {
+                "generator": VLLM | {"transport": "nccl", "gpus": 1},
+                "cluster": {"address": "local"},
+            },
             "generator.transport=nccl: moves weights from GPU to GPU, but generator.gpus=1 and "
             "learner.gpus=0: give both a GPU, or use object_store or gloo",
+        ),
+        (
+            {"generator": VLLM | {"transport": "ipc", "gpus": 0.5}, "learner": {"gpus": 0.5}},
+            "generator.transport=ipc: moves weights between processes, and cluster.address=inl",
+        ),
+        (
+            {"generator": VLLM | {"gpus": 0.5, "engine": {"tensor_parallel_size": 2}}},
+            "generator.gpus=0.5: an engine of 2 GPUs (tensor_parallel_size × pipeline_parallel",
+        ),
+        (
+            {
+                "generator": VLLM
+                | {"in_flight_updates": True, "engine": {"async_scheduling": True}},
+                "resampling": {"rounds_in_flight": 1},
+                "cluster": {"address": "local"},
+            },
+            "generator.engine.async_scheduling=true: with in_flight_updates a step must be over",
         ),
         (
             {"generator": {"gap": {"correct_above": 0.1}}, "resampling": {"rounds_in_flight": 2}},

@@ -41,6 +41,22 @@ def models(tmp_path_factory, stories15m):
     return {"tied": stories15m, "untied": save_untied(tmp_path_factory.mktemp("untied"))}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_engine_ends():
+    """Engines of one process share vLLM's process groups: the first to end would take them away."""
+    from workers import vllm_generator
+
+    kept, build_engine = [], vllm_generator.build_engine
+
+    def keep(*args):
+        kept.append(build_engine(*args))
+        return kept[-1]
+
+    vllm_generator.build_engine = keep
+    yield
+    vllm_generator.build_engine = build_engine
+
+
 def build(model, policy=None, sampling=None, needs_sampling_logprobs=False, **options):
     from workers.vllm_generator import VllmGenerator
 
@@ -288,7 +304,18 @@ def test_an_update_in_flight_goes_on_with_the_new_weights(models):
     push(generator, before, probe_ids)
 
     steps, step = threading.Event(), generator._engine.step
-    taken = []
+    taken, proving = [], []
+    prove = generator.prove
+
+    def watched(*args):
+        began, unfinished = len(taken), generator._engine.get_num_unfinished_requests()
+        assert unfinished > 0
+        proof = prove(*args)
+        proving.append(len(taken) - began)
+        assert generator._engine.get_num_unfinished_requests() == unfinished
+        return proof
+
+    generator.prove = watched
 
     def counted():
         taken.append(1)
@@ -306,6 +333,8 @@ def test_an_update_in_flight_goes_on_with_the_new_weights(models):
     assert steps.wait(60)
     assert push(generator, after, probe_ids).gap < 1e-4
     sampling.join(60)
+    assert proving == [4]  # the probe's own four tokens: nothing else was sampled meanwhile
+    assert not generator._finished
 
     completions = [c for group in found[0].completions for c in group]
     old, new = scored(before, prompts, completions), scored(after, prompts, completions)
@@ -347,8 +376,32 @@ def test_a_bad_push_in_flight_stops_what_is_being_sampled(models, monkeypatch):
     sampling.join(60)
     assert len(errors) == 1
     assert errors[0].startswith("does not sample: it holds version 1, but its probe differs")
+    assert not generator._finished
+    assert not generator._engine.has_unfinished_requests()
     push(generator, learner, probe_ids)
     assert {c.version for c in sampled(generator, prompts, after_push=3)} == {1}
+
+
+def test_what_a_refuted_push_wrote_is_not_saved_by_a_later_one(models, monkeypatch):
+    """The bad push and the good one come between two steps of the thread that samples."""
+    generator = build(models["untied"], in_flight_updates=True)
+    learner, probe_ids = learner_of(models["untied"]), probe_of(models["untied"])
+    prompts = prompts_of(models["untied"], 4)
+    push(generator, learner, probe_ids)
+    step, taken = generator._engine.step, []
+
+    def interrupted():
+        taken.append(1)
+        if len(taken) == 5:  # as another thread's refutation and recovery would leave it
+            generator._standing.refuted += 1
+        return step()
+
+    monkeypatch.setattr(generator._engine, "step", interrupted)
+    with pytest.raises(SyncError, match="a push that came in meanwhile was refuted"):
+        sampled(generator, prompts, samples=2, after_push=1)
+    assert not generator._finished
+    monkeypatch.undo()
+    assert len(sampled(generator, prompts, samples=2, after_push=1)) == 8
 
 
 def test_a_rest_is_over_with_the_next_call(engines, models):
@@ -413,10 +466,25 @@ def test_engine_arguments_that_cannot_be_are_one_line(engine, said):
     assert "\n" not in str(refused.value)
 
 
+def test_a_model_that_vllm_cannot_run_is_told_when_it_is_built(tiny_model):
+    """The tiny model's heads are of 8 numbers: too few for vLLM's attention on the CPU."""
+    said = r"^generator.backend=vllm: vLLM cannot run policy.model=.* \(Unsupported CPU attention"
+    with pytest.raises(UserError, match=said) as refused:
+        build(tiny_model)
+    assert "\n" not in str(refused.value)
+
+
+def test_speculation_hides_how_tokens_were_drawn(engines, models, monkeypatch):
+    """vLLM's rejection sampler draws past the one that tells both log-probabilities."""
+    worker = engines("untied")._engine.model_executor.driver_worker.worker
+    monkeypatch.setattr(worker.model_runner, "speculative_config", object())
+    assert worker.record_sampling_logprobs() is False
+
+
 def test_what_vllm_itself_refuses_is_one_line(models):
     from workers.vllm_generator import VllmGenerator
 
-    with pytest.raises(UserError, match=r"^generator.engine: vLLM refuses it: ") as refused:
+    with pytest.raises(UserError, match=r"^generator.engine: vLLM refuses it: block_") as refused:
         VllmGenerator(
             PolicyOptions(model=str(models["untied"])),
             SamplingOptions(),

@@ -13,8 +13,11 @@ from workers.generator import GeneratorOptions
 from workers.models.resolve import resolve_model
 from workers.options import PolicyOptions
 
-ENVIRONMENT = {
+REQUIRED_ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process: we take its steps
+    "VLLM_USE_V2_MODEL_RUNNER": "0",  # its sampler cannot be asked how a token was drawn
+}
+ENVIRONMENT = REQUIRED_ENVIRONMENT | {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # replicas on one machine would share the first cores
@@ -29,7 +32,15 @@ OURS = {
 }
 """Engine arguments that other keys of the config set."""
 
-FIXED = ("worker_extension_cls", "logprobs_mode", "seed")
+FIXED = (
+    "load_format",
+    "logits_processors",
+    "logprobs_mode",
+    "max_logprobs",
+    "seed",
+    "skip_tokenizer_init",
+    "worker_extension_cls",
+)
 """Engine arguments on which token-exact, verified sampling rests."""
 
 CPU_KV_CACHE_BYTES = 1 << 30
@@ -42,18 +53,24 @@ def build_engine(policy: PolicyOptions, options: GeneratorOptions) -> Any:
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    os.environ.update(REQUIRED_ENVIRONMENT)
     try:
         from vllm import EngineArgs, LLMEngine
         from vllm.platforms import current_platform
     except (ImportError, OSError, RuntimeError) as error:
         raise UserError(
-            f"generator.backend=vllm: vLLM cannot be imported ({_first_line(error)}): run `make "
+            f"generator.backend=vllm: vLLM cannot be imported ({first_line(error)}): run `make "
             "install-vllm`, or set generator.backend to transformers"
         ) from error
     if options.gpus and current_platform.is_cpu():
         raise UserError(
             f"generator.gpus={options.gpus:g}: the vLLM installed here is built for the CPU: set "
             "it to 0, or run `make install-vllm` on a machine with a GPU"
+        )
+    if not (options.gpus or current_platform.is_cpu()):
+        raise UserError(
+            "generator.gpus=0: the vLLM installed here runs on a GPU: say how much of one each "
+            "generator gets, e.g. 1 or 0.5"
         )
     refuse_unknown_arguments(options.engine, [field.name for field in fields(EngineArgs)])
     arguments = {
@@ -76,7 +93,7 @@ def build_engine(policy: PolicyOptions, options: GeneratorOptions) -> Any:
     try:
         return LLMEngine.from_engine_args(EngineArgs(**(arguments | options.engine)))
     except (TypeError, ValueError) as error:
-        raise UserError(f"generator.engine: vLLM refuses it: {_first_line(error)}") from error
+        raise UserError(f"generator.engine: vLLM refuses it: {first_line(error)}") from error
 
 
 def _room_for(rank: int) -> int:
@@ -110,9 +127,10 @@ def refuse_unknown_arguments(engine: Mapping[str, Any], known: list[str]) -> Non
             )
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     """The line of a message that says what is wrong; pydantic's first only counts errors."""
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
-    if len(lines) > 2 and "validation error" in lines[0]:
-        return f"{lines[1]}: {lines[2].split(' [type=')[0]}"
+    if len(lines) > 1 and "validation error" in lines[0]:
+        said = ": ".join(lines[1:3]) if len(lines) > 2 and "[type=" in lines[2] else lines[1]
+        return said.split(" [type=")[0].removeprefix("Value error, ")
     return lines[0] if lines else type(error).__name__

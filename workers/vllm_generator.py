@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +21,7 @@ from workers.models.resolve import resolve_model
 from workers.options import PolicyOptions
 from workers.seeds import derive_seed
 from workers.step_gate import StepGate
-from workers.vllm_engine import build_engine
+from workers.vllm_engine import build_engine, first_line
 from workers.weight_sync.buckets import Receipt, SyncError, WeightPush
 from workers.weight_sync.proof import Proof, Standing
 
@@ -76,6 +78,18 @@ class VllmGenerator:
         self._settled = threading.Condition()
         self._names = map(str, itertools.count())
         self._finished: dict[str, Any] = {}
+        self._try()
+
+    def _try(self) -> None:
+        """Compute one token: what vLLM cannot run must show before a run has begun."""
+        try:
+            self._probe(np.zeros(1, np.int64), 1)
+        except (RuntimeError, ValueError, NotImplementedError) as error:
+            raise UserError(
+                f"generator.backend=vllm: vLLM cannot run policy.model={self._policy.model} with "
+                f"these engine arguments ({first_line(error)}): change generator.engine, or use "
+                "generator.backend=transformers"
+            ) from error
 
     def load(self, push: WeightPush) -> Receipt:
         """Take a push, and drop every cached prefix of the weights before it.
@@ -103,8 +117,13 @@ class VllmGenerator:
 
             self._lora, receipt = load_adapter(self._engine, push, self._policy)
             return receipt
-        receipts: list[Receipt] = self._engine.collective_rpc("receive_weights", args=(push,))
-        return max(receipts, key=lambda receipt: receipt.seconds)  # of tensor-parallel workers
+        answers: list[Receipt | str] = self._engine.collective_rpc("receive_weights", args=(push,))
+        receipts = []
+        for answer in answers:  # one from each tensor-parallel worker
+            if isinstance(answer, str):
+                raise SyncError(answer)
+            receipts.append(answer)
+        return max(receipts, key=lambda receipt: receipt.seconds)
 
     def prove(
         self, prompt_ids: IntArray, sent: Receipt, expected: Completion, limit: float
@@ -135,18 +154,36 @@ class VllmGenerator:
 
     def _probe(self, prompt_ids: IntArray, new_tokens: int) -> Completion:
         name = next(self._names)
-        self._add(name, prompt_ids, temperature=0.0, max_tokens=new_tokens)
-        while name not in self._finished:
-            self._step()
+        with self._others_parked():
+            self._add(name, prompt_ids, temperature=0.0, max_tokens=new_tokens)
+            while name not in self._finished:
+                self._step()
         output = self._finished.pop(name)
         logprobs = output.logprobs.logprobs[:: self._columns]
         return probe_completion(self.version, list(output.token_ids), logprobs)
 
+    @contextmanager
+    def _others_parked(self) -> Iterator[None]:
+        """Requests under way wait, unseen by the scheduler: nothing is sampled before a proof.
+
+        A push has put them all back into the waiting queue, where none holds a block.
+        """
+        from vllm.v1.core.sched.request_queue import create_request_queue
+
+        scheduler = self._engine.engine_core.engine_core.scheduler
+        waiting = scheduler.waiting
+        scheduler.waiting = create_request_queue(scheduler.policy)
+        try:
+            yield
+        finally:
+            scheduler.waiting = waiting
+
     def sample(self, request: SampleRequest) -> SampledUnit:
         """Draw ``request.samples`` completions of each prompt, each by its own seed.
 
-        Completions of one prompt share the cached blocks of its prefill. Raises SyncError while
-        the last push is unproved, ValueError for reference shares.
+        Completions of one prompt share the cached blocks of its prefill. Raises SyncError where
+        the last push, or one that came in on the way, did not arrive or was refuted; ValueError for
+        reference shares.
         """
         began = time.perf_counter()
         if any(request.reference_shares):
@@ -157,18 +194,23 @@ class VllmGenerator:
             for prompt in request.prompts
             for sample in range(request.samples)
         ]
-        with self._gate.step():
-            self._wake()
-            for row in rows:
-                self._add_row(row)
+        refuted = self._standing.refuted
         try:
+            with self._gate.step():
+                self._wake()
+                for row in rows:
+                    self._add_row(row)
             while any(row.request_id not in self._finished for row in rows):
                 with self._gate.step():
-                    self._standing.check()
+                    self._standing.check(refuted)
                     self._step()
-        except SyncError:
+            with self._gate.step():
+                self._standing.check(refuted)
+        except BaseException:
             with self._gate.step():
                 self._engine.abort_request([row.request_id for row in rows])
+            for row in rows:
+                self._finished.pop(row.request_id, None)
             raise
         done = [self._completion(row, self._finished.pop(row.request_id)) for row in rows]
         n = request.samples

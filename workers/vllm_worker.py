@@ -22,16 +22,19 @@ class PushReceiver:
     model_runner: Any
     vllm_config: VllmConfig
 
-    def receive_weights(self, push: WeightPush) -> Receipt:
-        """Load a push bucket by bucket; answers with what was received.
+    def receive_weights(self, push: WeightPush) -> Receipt | str:
+        """Load a push bucket by bucket; answers with what was received, or what is wrong with it.
 
-        Raises SyncError if a bucket is missing or corrupted or not all weights came; the model is
-        then unusable until the next push.
+        The model is then unusable until the next push. Not raised: of another process's errors
+        vLLM keeps neither the type nor the words.
         """
         began = time.perf_counter()
         model = self.model_runner.get_model()
         came = {slot.name for bucket in push.buckets for slot in bucket.slots}
-        self.model_runner.reload_weights(weights_iterator=arriving(push))
+        try:
+            self.model_runner.reload_weights(weights_iterator=arriving(push))
+        except SyncError as error:
+            return str(error)
         self._repack_tied_head(model, came)
         return Receipt(push.version, push.checksum, time.perf_counter() - began)
 
@@ -52,6 +55,8 @@ class PushReceiver:
         """
         runner = self.model_runner
         if type(runner.sampler) is not Sampler:  # another model runner's, with other parts
+            return False
+        if runner.speculative_config is not None:  # its rejection sampler keeps the old one
             return False
         runner.sampler = TwoLogprobsSampler(runner.sampler)
         return True

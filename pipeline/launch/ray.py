@@ -96,6 +96,7 @@ def ray_crew(plan: CrewPlan) -> Iterator[Crew]:
     refuse_too_few_cores(plan, len(os.sched_getaffinity(0)))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # of calls that are made again
     import ray
 
     # Ray puts the directory it was started from first on its workers' import path. Ours must be

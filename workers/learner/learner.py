@@ -237,13 +237,13 @@ class Learner:
             write_adapter(self._policy, self._lora, self._base_model, directory / "adapter")
 
 
-def device_of(gpus: int) -> torch.device:
+def device_of(gpus: float) -> torch.device:
     """The GPU that this process was given, or the CPU. Raises UserError where there is none."""
     if not gpus:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UserError(
-            f"learner.gpus={gpus}: torch {torch.__version__} finds no GPU for the learner: set it "
-            "to 0, or install a CUDA build of torch where a GPU is"
+            f"learner.gpus={gpus:g}: torch {torch.__version__} finds no GPU for the learner: set "
+            "it to 0, or install a CUDA build of torch where a GPU is"
         )
     return torch.device("cuda")

@@ -72,7 +72,9 @@ class LearnerOptions(BaseModel):
     threads: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         default="auto", description="CPU threads; auto = its fair share of the cores"
     )
-    gpus: Literal[0, 1] = Field(default=0, description="1 = learn on a GPU, 0 = on the CPU")
+    gpus: float = Field(
+        default=0.0, ge=0.0, le=1.0, description="GPU to learn on, or a share of one; 0 = the CPU"
+    )
     optimizer: Literal["adamw"] = Field(default="adamw", description="Optimizer")
     learning_rate: float = Field(default=1e-6, gt=0.0, description="Peak learning rate")
     schedule: Literal["constant", "linear", "cosine"] = Field(

@@ -71,10 +71,11 @@ class GroupTransport:
             question = 0
             while True:
                 version = int(channel.get(f"wanted/{question}"))
-                data = self._published.get(version)
-                channel.set(f"answer/{question}", GONE if data is None else HERE)
-                for tensor in data or ():
-                    group.send([tensor], RECEIVER, 0).wait()
+                here = version in self._published
+                channel.set(f"answer/{question}", HERE if here else GONE)
+                for bucket in range(len(self._published[version]) if here else 0):
+                    # Not held in a variable while this thread waits: it is to be had no longer.
+                    group.send([self._published[version][bucket]], RECEIVER, 0).wait()
                 question += 1
         except RuntimeError:  # torch's word for a peer that went away; its own side says so
             return
@@ -154,7 +155,9 @@ def _group(backend: GroupBackend, store: Any, rank: int, host: str) -> Any:
         return ProcessGroupGloo(store, rank, 2, options)
     from torch.distributed import ProcessGroupNCCL
 
-    return ProcessGroupNCCL(store, rank, 2, ProcessGroupNCCL.Options())
+    nccl_options = ProcessGroupNCCL.Options()
+    nccl_options._timeout = FOREVER if rank == LEARNER else ANSWER_WITHIN
+    return ProcessGroupNCCL(store, rank, 2, nccl_options)
 
 
 def own_address(peer: str = "192.0.2.1") -> str:

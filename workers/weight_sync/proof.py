@@ -31,6 +31,8 @@ class Standing:
 
     def __init__(self) -> None:
         self.received: Receipt | None = None
+        self.refuted = 0
+        """How often a push did not arrive or was refuted."""
         self._failure: str | None = None
 
     @contextmanager
@@ -51,10 +53,16 @@ class Standing:
         self._failure = None
         return proof
 
-    def check(self) -> None:
-        """Raises SyncError where the generator may not sample."""
+    def check(self, refuted: int | None = None) -> None:
+        """Raises SyncError where the generator may not sample.
+
+        ``refuted`` is what it was when sampling began: tokens of a push that was refuted since,
+        and made up for by a later one, are no use either.
+        """
         if self._failure is not None:
             raise SyncError(f"does not sample: it {self._failure}")
+        if refuted not in (None, self.refuted):
+            raise SyncError("does not go on: a push that came in meanwhile was refuted")
 
     @contextmanager
     def _noting(self) -> Iterator[None]:
@@ -62,6 +70,7 @@ class Standing:
             yield
         except SyncError as error:
             self._failure = str(error)
+            self.refuted += 1
             raise
 
 
