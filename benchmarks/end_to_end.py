@@ -25,7 +25,7 @@ from rich.table import Table
 
 from judges.lexicon import sentiment
 from pipeline.config import Config, load_config
-from pipeline.job import load_tokenizer
+from pipeline.inputs import load_tokenizer
 from pipeline.prompts import PromptEncoder, PromptStream
 from pipeline.tracking import METRICS_FILE, metrics
 from workers.messages import Prompt

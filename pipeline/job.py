@@ -10,36 +10,30 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 
 from judges.errors import UserError
-from judges.plugins import is_plugin, load_plugin
 from pipeline import loop
 from pipeline.checkpoint import Checkpoints, Cursor
 from pipeline.config import Config, threads_of
-from pipeline.dashboards import wandb_module
 from pipeline.drift import Drift
 from pipeline.evaluate import Evaluator
-from pipeline.launch.crew import Crew, CrewPlan, judges_of, plan_crew
+from pipeline.inputs import Inputs, check_inputs, pairing_of
+from pipeline.launch.crew import Crew, CrewPlan, plan_crew
 from pipeline.learner import RemoteLearner
 from pipeline.ledger import Ledger
 from pipeline.model_card import write_policy
-from pipeline.pairing import Pairing
 from pipeline.progress import Progress
-from pipeline.prompts import PromptEncoder, PromptOptions, PromptStream
+from pipeline.prompts import PromptStream
 from pipeline.replica import Replica
 from pipeline.report import Sample
 from pipeline.rollout import Rollout, UnitSize
 from pipeline.run_directory import create_run_directory, read_run_config, refuse_existing_run
 from pipeline.stopping import Stop, Stopped
-from pipeline.sync import PROBE_NEW_TOKENS, PROBE_PROMPT_TOKENS, WeightSync
+from pipeline.sync import WeightSync
 from pipeline.tracking import Tracker, metrics
-from workers.endings import endings_of
-from workers.learner.objective_options import BcoOptions
 from workers.learner.options import is_averaged
-from workers.messages import IntArray, Prompt
-from workers.models.resolve import resolve_encoder, resolve_model
+from workers.messages import Prompt
 
 SAMPLES_SHOWN = 3
 
@@ -53,16 +47,6 @@ class RunResult:
     samples: list[Sample]
 
 
-@dataclass(frozen=True, slots=True)
-class _Inputs:
-    """What a run reads, checked before anything is started or written."""
-
-    tokenizer: Any
-    prompts: PromptStream
-    held_out: list[Prompt]
-    context: int
-
-
 def run(cfg: Config, *, quiet: bool = False) -> RunResult:
     """Start a new run and see it through.
 
@@ -70,7 +54,7 @@ def run(cfg: Config, *, quiet: bool = False) -> RunResult:
     to stop (``resume`` goes on from there).
     """
     refuse_existing_run(cfg.run_dir)
-    inputs = _check_inputs(cfg)
+    inputs = check_inputs(cfg)
     cfg = settled(cfg)
     generator, learner = threads_of(cfg, cores())
     return _run(cfg, inputs, {"generator": generator, "learner": learner}, True, quiet)
@@ -91,7 +75,7 @@ def resume(run_dir: str | Path, *, quiet: bool = False) -> RunResult:
     cfg, recorded = read_run_config(Path(run_dir))
     if (cfg.run_dir / "policy").is_dir():
         raise UserError(f"{run_dir}: this run is finished; its policy is in {run_dir}/policy")
-    return _run(cfg, _check_inputs(cfg), recorded["threads"], False, quiet)
+    return _run(cfg, check_inputs(cfg), recorded["threads"], False, quiet)
 
 
 def evaluate(cfg: Config) -> RunResult:
@@ -104,12 +88,12 @@ def evaluate(cfg: Config) -> RunResult:
         raise UserError(f"{cfg.run_dir}: no policy yet; `freshpairs resume {cfg.run_dir}` first")
     if cfg.evaluation.prompts is None:
         raise UserError("evaluation.prompts=null: name the held-out prompts to evaluate on")
-    inputs = _check_inputs(cfg)
+    inputs = check_inputs(cfg)
     generator, learner_threads = threads_of(cfg, cores())
     with start_crew(cfg, plan_crew(cfg, generator, learner_threads)) as crew:
         learner = RemoteLearner(crew.learner)
         replicas = replicas_of(cfg, crew, inputs)
-        sync = WeightSync(replicas, _probe_ids(inputs))
+        sync = WeightSync(replicas, inputs.probe_ids())
         directory = cfg.run_dir / "evaluations" / f"{datetime.now():%Y%m%d-%H%M%S}"
         evaluator = evaluator_of(cfg, crew, replicas, inputs.held_out, directory)
         sync.push(learner)
@@ -127,9 +111,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _run(
-    cfg: Config, inputs: _Inputs, threads: dict[str, int], new: bool, quiet: bool
-) -> RunResult:
+def _run(cfg: Config, inputs: Inputs, threads: dict[str, int], new: bool, quiet: bool) -> RunResult:
     plan = plan_crew(cfg, threads["generator"], threads["learner"])
     with ExitStack() as stack:
         stack.push(_say_how_to_resume(cfg))
@@ -159,7 +141,7 @@ def _run(
             cfg,
             rollout=_rollout(cfg, crew, replicas, inputs.prompts),
             learner=learner,
-            sync=WeightSync(replicas, _probe_ids(inputs)),
+            sync=WeightSync(replicas, inputs.probe_ids()),
             ledger=Ledger(cfg.run_dir / "ledger"),
             drift=drift,
             tracker=tracker,
@@ -226,19 +208,10 @@ def _progress(cfg: Config, quiet: bool) -> Progress:
     )
 
 
-def _pairing(cfg: Config) -> Pairing:
-    return Pairing(
-        cfg.pairing,
-        link=cfg.judge.link,
-        drop_truncated=cfg.sampling.truncated == "drop",
-        run_seed=cfg.run.seed,
-    )
-
-
-def replicas_of(cfg: Config, crew: Crew, inputs: _Inputs) -> list[Replica]:
+def replicas_of(cfg: Config, crew: Crew, inputs: Inputs) -> list[Replica]:
     """The generators, as they are mended when they fail."""
     limit = cfg.generator.gap_limit(cfg.policy)
-    probe_ids = _probe_ids(inputs)
+    probe_ids = inputs.probe_ids()
     return [Replica(i, handle, probe_ids, limit) for i, handle in enumerate(crew.generators)]
 
 
@@ -249,7 +222,7 @@ def _rollout(
         prompts,
         replicas,
         crew.judge,
-        _pairing(cfg),
+        pairing_of(cfg),
         judge_name=cfg.judge.name,
         reference_shares=reference_shares(cfg),
         unit_size=unit_size(cfg, cfg.sampling.prompts_per_update),
@@ -300,95 +273,3 @@ def evaluator_of(
         unit_size=unit_size(cfg, max(64, cfg.sampling.prompts_per_update)),
         run_seed=cfg.run.seed,
     )
-
-
-def _check_inputs(cfg: Config) -> _Inputs:
-    """Model, prompts and plug-ins, each mistake found before anything is started or written."""
-    tokenizer, window = load_tokenizer(cfg.policy.model)
-    context = _longest_sequence(cfg, window)
-    endings_of(resolve_model(cfg.policy.model), tokenizer, cfg.sampling)
-
-    def encoder(options: PromptOptions) -> PromptEncoder:
-        new_tokens = cfg.sampling.max_new_tokens
-        template_args = options.chat_template_args
-        return PromptEncoder(tokenizer, context, new_tokens, template_args, context < window)
-
-    prompts = PromptStream(cfg.prompts, encoder(cfg.prompts), cfg.run.seed)
-    prompts.check()
-    held_out: list[Prompt] = []
-    if cfg.evaluation.prompts is not None:
-        stream = PromptStream(
-            cfg.evaluation.prompts,
-            encoder(cfg.evaluation.prompts),
-            cfg.run.seed,
-            purpose="evaluation",
-            key="evaluation.prompts",
-        )
-        stream.check()
-        held_out = stream.take(0, min(cfg.evaluation.count, len(stream)))
-    for name in judges_of(cfg):
-        if is_plugin(name):
-            load_plugin(name, key="judge.name")
-    if cfg.tracking.wandb is not None:
-        wandb_module()
-    cfg.check_fit()
-    if isinstance(cfg.objective, BcoOptions) and cfg.objective.embedding_model is not None:
-        resolve_encoder(cfg.objective.embedding_model)
-    _pairing(cfg)
-    return _Inputs(tokenizer, prompts, held_out, context)
-
-
-def _longest_sequence(cfg: Config, context: int) -> int:
-    """Prompt and completion together, in tokens: the model's context, or what is set below it."""
-    longest = cfg.generator.max_model_len
-    if longest is None:
-        return context
-    if longest > context:
-        raise UserError(
-            f"generator.max_model_len={longest}: {cfg.policy.model} has a context of {context} "
-            "tokens; set it to that at most"
-        )
-    if longest <= cfg.sampling.max_new_tokens:
-        raise UserError(
-            f"generator.max_model_len={longest}: leaves no token for a prompt beside "
-            f"sampling.max_new_tokens={cfg.sampling.max_new_tokens}; raise it, or lower that"
-        )
-    if longest <= PROBE_NEW_TOKENS:
-        raise UserError(
-            f"generator.max_model_len={longest}: every push is proved by {PROBE_NEW_TOKENS} tokens "
-            f"after a prompt; set it to {PROBE_NEW_TOKENS + 1} at least"
-        )
-    return longest
-
-
-def load_tokenizer(model: str) -> tuple[Any, int]:
-    """The model's tokenizer and context length in tokens.
-
-    Raises UserError for a model that cannot be had or a tokenizer without an end-of-sequence.
-    """
-    from transformers import AutoConfig, AutoTokenizer
-
-    location = resolve_model(model)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(location)
-        context = int(AutoConfig.from_pretrained(location).max_position_embeddings)
-    except OSError as error:
-        raise UserError(
-            f"policy.model={model}: cannot be loaded ({str(error).strip().splitlines()[0]}): check "
-            "the name and the network, or give a directory that save_pretrained wrote"
-        ) from error
-    if tokenizer.eos_token_id is None:
-        raise UserError(
-            f"policy.model={model}: its tokenizer has no end-of-sequence token, so no completion "
-            "could end; set eos_token in its tokenizer_config.json"
-        )
-    return tokenizer, context
-
-
-def _probe_ids(inputs: _Inputs) -> IntArray:
-    """A fixed probe prompt: the first prompts of the stream end to end, cut to fit."""
-    length = min(PROBE_PROMPT_TOKENS, inputs.context - PROBE_NEW_TOKENS)
-    ids: list[int] = []
-    while len(ids) < length:
-        ids += [int(i) for prompt in inputs.prompts.take(0, 8) for i in prompt.ids]
-    return np.array(ids[:length], np.int64)

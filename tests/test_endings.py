@@ -15,7 +15,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from judges.errors import UserError
-from pipeline import job
+from pipeline.inputs import check_inputs
 from tests import tiny
 from tests.learner_helpers import EOS, make_generator, prompts_of, sample_request
 from workers.endings import Endings, endings_of
@@ -113,7 +113,7 @@ def test_a_mistake_is_one_line_before_anything_starts(
 ) -> None:
     cfg = tiny.config(model, tmp_path / "here", sampling=sampling)
     with pytest.raises(UserError) as mistake:
-        job._check_inputs(cfg)
+        check_inputs(cfg)
     assert str(mistake.value).startswith(said.format(model))
     assert "\n" not in str(mistake.value)
 

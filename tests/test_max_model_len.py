@@ -11,6 +11,7 @@ import pytest
 from judges.errors import UserError
 from pipeline import job
 from pipeline.config import Config
+from pipeline.inputs import check_inputs
 from tests import tiny
 
 
@@ -32,9 +33,9 @@ def config(model: Path, folder: Path, longest: int | None, **sections: Any) -> C
 def test_the_context_of_prompts_and_probe(
     tiny_model: Path, tmp_path: Path, longest: int | None, context: int, probe: int
 ) -> None:
-    inputs = job._check_inputs(config(tiny_model, tmp_path, longest))
+    inputs = check_inputs(config(tiny_model, tmp_path, longest))
     assert inputs.context == context
-    assert len(job._probe_ids(inputs)) == probe
+    assert len(inputs.probe_ids()) == probe
 
 
 @pytest.mark.parametrize(

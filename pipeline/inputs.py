@@ -1,0 +1,132 @@
+"""What a run reads: model, prompts and plug-ins, each mistake found before anything is started."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from judges.errors import UserError
+from judges.plugins import is_plugin, load_plugin
+from pipeline.config import Config
+from pipeline.dashboards import wandb_module
+from pipeline.launch.crew import judges_of
+from pipeline.pairing import Pairing
+from pipeline.prompts import PromptEncoder, PromptOptions, PromptStream
+from pipeline.sync import PROBE_NEW_TOKENS, PROBE_PROMPT_TOKENS
+from workers.endings import endings_of
+from workers.learner.objective_options import BcoOptions
+from workers.messages import IntArray, Prompt
+from workers.models.resolve import resolve_encoder, resolve_model
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What a run reads, checked before anything is started or written."""
+
+    tokenizer: Any
+    prompts: PromptStream
+    held_out: list[Prompt]
+    context: int
+
+    def probe_ids(self) -> IntArray:
+        """A fixed probe prompt: the first prompts of the stream end to end, cut to fit."""
+        length = min(PROBE_PROMPT_TOKENS, self.context - PROBE_NEW_TOKENS)
+        ids: list[int] = []
+        while len(ids) < length:
+            ids += [int(i) for prompt in self.prompts.take(0, 8) for i in prompt.ids]
+        return np.array(ids[:length], np.int64)
+
+
+def check_inputs(cfg: Config) -> Inputs:
+    """Model, prompts and plug-ins, each mistake found before anything is started or written."""
+    tokenizer, window = load_tokenizer(cfg.policy.model)
+    context = longest_sequence(cfg, window)
+    endings_of(resolve_model(cfg.policy.model), tokenizer, cfg.sampling)
+
+    def encoder(options: PromptOptions) -> PromptEncoder:
+        new_tokens = cfg.sampling.max_new_tokens
+        template_args = options.chat_template_args
+        return PromptEncoder(tokenizer, context, new_tokens, template_args, context < window)
+
+    prompts = PromptStream(cfg.prompts, encoder(cfg.prompts), cfg.run.seed)
+    prompts.check()
+    held_out: list[Prompt] = []
+    if cfg.evaluation.prompts is not None:
+        stream = PromptStream(
+            cfg.evaluation.prompts,
+            encoder(cfg.evaluation.prompts),
+            cfg.run.seed,
+            purpose="evaluation",
+            key="evaluation.prompts",
+        )
+        stream.check()
+        held_out = stream.take(0, min(cfg.evaluation.count, len(stream)))
+    for name in judges_of(cfg):
+        if is_plugin(name):
+            load_plugin(name, key="judge.name")
+    if cfg.tracking.wandb is not None:
+        wandb_module()
+    cfg.check_fit()
+    if isinstance(cfg.objective, BcoOptions) and cfg.objective.embedding_model is not None:
+        resolve_encoder(cfg.objective.embedding_model)
+    pairing_of(cfg)
+    return Inputs(tokenizer, prompts, held_out, context)
+
+
+def longest_sequence(cfg: Config, context: int) -> int:
+    """Prompt and completion together, in tokens: the model's context, or what is set below it."""
+    longest = cfg.generator.max_model_len
+    if longest is None:
+        return context
+    if longest > context:
+        raise UserError(
+            f"generator.max_model_len={longest}: {cfg.policy.model} has a context of {context} "
+            "tokens; set it to that at most"
+        )
+    if longest <= cfg.sampling.max_new_tokens:
+        raise UserError(
+            f"generator.max_model_len={longest}: leaves no token for a prompt beside "
+            f"sampling.max_new_tokens={cfg.sampling.max_new_tokens}; raise it, or lower that"
+        )
+    if longest <= PROBE_NEW_TOKENS:
+        raise UserError(
+            f"generator.max_model_len={longest}: every push is proved by {PROBE_NEW_TOKENS} tokens "
+            f"after a prompt; set it to {PROBE_NEW_TOKENS + 1} at least"
+        )
+    return longest
+
+
+def load_tokenizer(model: str) -> tuple[Any, int]:
+    """The model's tokenizer and context length in tokens.
+
+    Raises UserError for a model that cannot be had or a tokenizer without an end-of-sequence.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    location = resolve_model(model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(location)
+        context = int(AutoConfig.from_pretrained(location).max_position_embeddings)
+    except OSError as error:
+        raise UserError(
+            f"policy.model={model}: cannot be loaded ({str(error).strip().splitlines()[0]}): check "
+            "the name and the network, or give a directory that save_pretrained wrote"
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"policy.model={model}: its tokenizer has no end-of-sequence token, so no completion "
+            "could end; set eos_token in its tokenizer_config.json"
+        )
+    return tokenizer, context
+
+
+def pairing_of(cfg: Config) -> Pairing:
+    """How completions become pairs or labels."""
+    return Pairing(
+        cfg.pairing,
+        link=cfg.judge.link,
+        drop_truncated=cfg.sampling.truncated == "drop",
+        run_seed=cfg.run.seed,
+    )
