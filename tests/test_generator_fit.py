@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from judges.errors import UserError
+from pipeline import job
+from pipeline.run_directory import read_run_config
 from tests import tiny
 from workers.generator import GeneratorOptions
 from workers.learner.needs import Needs
@@ -82,6 +84,16 @@ def test_a_misfit_is_told_in_a_line(tiny_model, tmp_path, sections, said):
         tiny.config(tiny_model, tmp_path, **sections)
     (line,) = str(refused.value).splitlines()
     assert said in line
+
+
+def test_a_run_records_what_auto_stood_for(tiny_model, tmp_path, monkeypatch):
+    """Installing vLLM later changes nothing for a run that is resumed."""
+    monkeypatch.setattr("workers.generator.find_spec", lambda _: None)
+    cfg = tiny.config(tiny_model, tmp_path, generator={"backend": "auto"}, run={"updates": 1})
+    run_dir = job.run(cfg, quiet=True).run_dir
+    monkeypatch.setattr("workers.generator.find_spec", lambda _: object())
+    recorded, _ = read_run_config(run_dir)
+    assert recorded.generator.backend == "transformers"
 
 
 def test_auto_is_vllm_where_it_is_installed_and_will_do(monkeypatch):

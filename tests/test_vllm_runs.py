@@ -100,6 +100,37 @@ def test_a_killed_replica_loses_and_doubles_nothing(run):
     assert seen == Counter(itertools.product(range(UPDATES * PROMPTS), range(2)))
 
 
+def test_updates_in_flight_on_ray(stories15m, tmp_path):
+    """Pushes overtake the rounds on a thread of their own; what came of it is in the ledger."""
+    updates = 4
+    cfg = load_config(
+        ROOT / "configs/quickstart-vllm.yaml",
+        [
+            f"run.dir={tmp_path / 'run'}",
+            f"run.updates={updates}",
+            f"sampling.prompts_per_update={PROMPTS}",
+            "sampling.max_new_tokens=200",
+            "generator.replicas=1",
+            "generator.in_flight_updates=true",
+            "resampling.rounds_in_flight=1",
+            "evaluation.prompts=null",
+        ],
+    )
+    job.run(cfg, quiet=True)
+    seen = Counter()
+    for index in range(updates):
+        rows = pq.read_table(cfg.run_dir / f"ledger/round-{index:06d}.parquet").to_pylist()
+        asked_of = max(0, index - 1)
+        for row in rows:
+            last = row["version"] if row["last_version"] is None else row["last_version"]
+            assert asked_of <= row["version"] <= last <= index
+            seen[row["position"], row["sample"]] += 1
+    assert seen == Counter(itertools.product(range(updates * PROMPTS), range(2)))
+    records = [json.loads(line) for line in (cfg.run_dir / "metrics.jsonl").open()]
+    assert all(r["logprob_gap"] < 1e-4 for r in records if r["kind"] == "round")
+    assert [r["lag_max"] <= 1 for r in records if r["kind"] == "update"] == [True] * updates
+
+
 def test_every_round_says_its_gap(run):
     cfg, _ = run
     records = [json.loads(line) for line in (cfg.run_dir / "metrics.jsonl").open()]
