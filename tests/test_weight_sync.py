@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,14 +12,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.handles import WorkerDied
 from pipeline.launch.crew import WorkerPlan
 from pipeline.launch.inline import InlineHandle
 from pipeline.learner import RemoteLearner
 from pipeline.replica import Replica
-from pipeline.sync import PROBE_NEW_TOKENS, WeightSync
+from pipeline.sync import WeightSync
 from tests import tiny
-from workers.generator import SampledUnit, SampleRequest, SamplingOptions
+from workers.generator import SampleRequest, SamplingOptions
 from workers.learner.learner import Learner
 from workers.learner.options import LearnerOptions
 from workers.learner.pairwise_options import DpoOptions
@@ -31,7 +29,6 @@ from workers.messages import (
     IntArray,
     Prompt,
     UpdateBatch,
-    probe_completion,
 )
 from workers.options import PolicyOptions
 from workers.transformers_generator import TransformersGenerator
@@ -48,7 +45,6 @@ from workers.weight_sync.buckets import (
     receipt_of,
     unpack_into,
 )
-from workers.weight_sync.proof import Proof, Standing, probe_gap
 from workers.weight_sync.transport import ObjectStore, push_of
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.bool)
@@ -279,392 +275,6 @@ def test_a_receipt_shows_weights_kept_in_another_precision():
     assert receipt_of(held, sent).checksum != sent.checksum
 
 
-# --- the proof, with workers that lie --------------------------------------------------------
-
-
-class Result:
-    """A future that is there already, or has failed already."""
-
-    def __init__(self, value: Any = None, error: Exception | None = None) -> None:
-        self._value = value
-        self._error = error
-
-    def result(self) -> Any:
-        if self._error is not None:
-            raise self._error
-        return self._value
-
-
-PROBE = np.arange(150)
-GAP_LIMIT = 1e-3
-
-
-def continuation(version: int, ids: list[int], logprobs: list[float]) -> Completion:
-    return probe_completion(version, ids, logprobs)
-
-
-class FakeLearner:
-    """A learner whose weights are its version and whose probe says so."""
-
-    def __init__(self) -> None:
-        self.version = 0
-        self.calls: list[tuple[str, tuple[object, ...]]] = []
-
-    def submit(self, method: str, *args: object) -> Result:
-        self.calls.append((method, args))
-        if method == "update":
-            self.version += 1
-            return Result({})
-        if method == "weights":
-            return Result(version_push(self.version))
-        if method == "sent":
-            return Result(Receipt(self.version, version_push(self.version).checksum))
-        assert method == "probe"
-        assert args[0] is PROBE
-        assert args[1] == PROBE_NEW_TOKENS
-        return Result(continuation(self.version, [1, 2, 3, 4], logprobs_of(self.version)))
-
-
-def version_push(version: int) -> WeightPush:
-    return push({"w": torch.tensor([float(version)])}, version)
-
-
-def logprobs_of(version: int) -> list[float]:
-    return [-1.0 - version, -2.0, -3.0, -4.0]
-
-
-class FakeGenerator:
-    """An honest generator that samples its weights; the subclasses below are not honest."""
-
-    gap = 0.0
-
-    def __init__(self) -> None:
-        self.version = -1
-        self.weights = {"w": torch.tensor([-1.0])}
-        self.standing = Standing()
-
-    def load(self, sent: WeightPush) -> Receipt:
-        with self.standing.receiving():
-            self.take(sent)
-        self.standing.received = self.receipt(sent)
-        return self.standing.received
-
-    def take(self, sent: WeightPush) -> None:
-        unpack_into(sent, self.weights)
-        self.version = sent.version
-
-    def receipt(self, sent: WeightPush) -> Receipt:
-        return dataclasses.replace(receipt_of(self.weights, sent), version=self.version)
-
-    def prove(
-        self, prompt_ids: IntArray, sent: Receipt, expected: Completion, limit: float
-    ) -> Proof:
-        assert prompt_ids is PROBE
-        return self.standing.prove(sent, self.probe, expected, limit)
-
-    def probe(self) -> Completion:
-        logprobs = logprobs_of(int(self.weights["w"].item()))
-        logprobs[2] += self.gap
-        return continuation(self.version, [1, 2, 3, 4], logprobs)
-
-    def sample(self, request: SampleRequest) -> SampledUnit:
-        self.standing.check()
-        sample = dataclasses.replace(
-            continuation(self.version, [1], [float(self.weights["w"].item())]),
-            position=request.prompts[0].position,
-        )
-        return SampledUnit(((sample,),), 0.0)
-
-
-class Lazy(FakeGenerator):
-    """Says it loaded the version, and keeps what it had."""
-
-    def take(self, sent: WeightPush) -> None:
-        self.version = sent.version
-
-
-class Behind(FakeGenerator):
-    """Has the bytes, but counts another version."""
-
-    def take(self, sent: WeightPush) -> None:
-        super().take(sent)
-        self.version -= 1
-
-
-class Cached(FakeGenerator):
-    """Has the weights, and samples from something else."""
-
-    gap = 1.5 * GAP_LIMIT
-
-
-class NotANumber(FakeGenerator):
-    gap = float("nan")
-
-
-class Close(FakeGenerator):
-    gap = 0.5 * GAP_LIMIT
-
-
-class Drifting(FakeGenerator):
-    """Further from the learner with every version: each proof has its own gap."""
-
-    def take(self, sent: WeightPush) -> None:
-        self.gap = (sent.version + 1) * GAP_LIMIT / 4
-        super().take(sent)
-
-
-class Slot:
-    """A handle whose worker comes from a list of kinds: each restart takes the next one."""
-
-    def __init__(self, *kinds: type[FakeGenerator]) -> None:
-        self._kinds = list(kinds)
-        self.worker: Any = None
-        self.calls: list[str] = []
-        self.restart()
-        self.calls.clear()
-
-    def submit(self, method: str, *args: Any) -> Result:
-        self.calls.append(method)
-        if self.worker is None:
-            return Result(error=WorkerDied("the process of generator ended"))
-        try:
-            values = [arg.result() if isinstance(arg, Result) else arg for arg in args]
-            return Result(getattr(self.worker, method)(*values))
-        except (SyncError, WorkerDied) as error:
-            if isinstance(error, WorkerDied):
-                self.worker = None
-            return Result(error=error)
-
-    def restart(self) -> None:
-        self.calls.append("restart")
-        self.worker = (self._kinds.pop(0) if len(self._kinds) > 1 else self._kinds[0])()
-
-
-def replicas(*slots: Slot) -> list[Replica]:
-    return [Replica(i, slot, PROBE, GAP_LIMIT) for i, slot in enumerate(slots)]
-
-
-def learner_and_sync(
-    *kinds: type[FakeGenerator],
-) -> tuple[RemoteLearner, WeightSync, FakeLearner, list[Slot]]:
-    fake, slots = FakeLearner(), [Slot(kind) for kind in kinds]
-    return RemoteLearner(fake), WeightSync(replicas(*slots), PROBE), fake, slots
-
-
-NO_AVAIL = r" \(pushed again, then restarted, to no avail\)$"
-
-
-@pytest.mark.parametrize(
-    ("liar", "said"),
-    [
-        (Lazy, "generator 1 answered a push of version 0 .checksum {sent}. with version 0 "),
-        (Behind, "generator 1 answered a push of version 0 .* with version -1 .checksum {sent}."),
-        (
-            Cached,
-            r"generator 1 holds version 0, but .* by 0\.0015 nats a token .limit 0\.001.",
-        ),
-        (NotANumber, "generator 1 holds version 0, but its probe .* by nan nats"),
-    ],
-)
-def test_a_generator_that_never_takes_the_weights_is_named(liar, said):
-    learner, sync, _, slots = learner_and_sync(FakeGenerator, liar, FakeGenerator)
-    sync.push(learner)
-    with pytest.raises(SyncError, match=said.format(sent=version_push(0).checksum)) as stopped:
-        sync.prove(0)
-    assert re.search(NO_AVAIL, str(stopped.value))
-    assert slots[1].calls == ["load", "prove", "load", "prove", "restart", "load", "prove"]
-
-
-def request(position: int) -> SampleRequest:
-    prompt = Prompt(position, np.array([1], np.int64), "x")
-    return SampleRequest((prompt,), 1, 0, "sampling")
-
-
-class DeafOnce(FakeGenerator):
-    """Misses the first push."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.missed = False
-
-    def take(self, sent: WeightPush) -> None:
-        self.version = sent.version
-        if self.missed:
-            super().take(sent)
-        self.missed = True
-
-
-def test_a_missed_push_is_made_again_and_nothing_was_sampled_from_it():
-    learner, slot = RemoteLearner(FakeLearner()), Slot(DeafOnce)
-    (replica,) = replicas(slot)
-    sync = WeightSync([replica], PROBE)
-    sync.push(learner)
-    units = [replica.sample(request(0)), replica.sample(request(1))]
-    with pytest.raises(SyncError, match="does not sample: it answered a push of version 0"):
-        units[0].future.result()
-    assert sync.prove(0) == 0.0
-    assert [unit.result().completions[0][0].logprobs[0] for unit in units] == [0.0, 0.0]
-    assert [unit.attempt for unit in units] == [2, 2]
-    assert slot.calls == 2 * ["load", "prove", "sample", "sample"]
-
-
-def test_a_replica_that_pushing_again_does_not_mend_is_restarted():
-    learner, slot = RemoteLearner(FakeLearner()), Slot(Cached, FakeGenerator)
-    (replica,) = replicas(slot)
-    sync = WeightSync([replica], PROBE)
-    sync.push(learner)
-    unit = replica.sample(request(3))
-    (completion,) = unit.result().completions[0]
-    assert (completion.position, completion.version, unit.attempt) == (3, 0, 3)
-    assert slot.calls.count("restart") == 1
-    assert sync.prove(0) == 0.0
-
-
-class Mortal(FakeGenerator):
-    """Dies while it samples the prompt at position 1, for the first time in the test."""
-
-    deaths = 0
-
-    def sample(self, request: SampleRequest) -> SampledUnit:
-        if request.prompts[0].position == 1 and not Mortal.deaths:
-            Mortal.deaths += 1
-            raise WorkerDied("the process of generator ended")
-        return super().sample(request)
-
-
-def test_a_death_between_two_versions_loses_nothing_and_doubles_nothing(monkeypatch):
-    """Two rounds in flight, by versions 0 and 1: each is sampled again by its own version."""
-    monkeypatch.setattr(Mortal, "deaths", 0)
-    fake, slot = FakeLearner(), Slot(Mortal)
-    learner = RemoteLearner(fake)
-    (replica,) = replicas(slot)
-    sync = WeightSync([replica], PROBE)
-    sync.push(learner)
-    first = [replica.sample(request(i)) for i in (0, 1)]
-    learner.update(UpdateBatch((), ()))
-    sync.push(learner)
-    second = [replica.sample(request(i)) for i in (2, 3)]
-
-    found = [unit.result().completions[0][0] for unit in (*first, *second)]
-    assert [(c.position, c.version, float(c.logprobs[0])) for c in found] == [
-        (0, 0, 0.0),
-        (1, 0, 0.0),
-        (2, 1, 1.0),
-        (3, 1, 1.0),
-    ]
-    # Position 0 had come before: it is not asked for again.
-    assert [unit.attempt for unit in (*first, *second)] == [1, 2, 2, 2]
-    assert (sync.prove(0), sync.prove(1)) == (0.0, 0.0)
-    again = slot.calls[slot.calls.index("restart") :]
-    assert again == ["restart", "load", "prove", "sample", "load", "prove", "sample", "sample"]
-
-
-class Doomed(FakeGenerator):
-    """Dies of every prompt."""
-
-    def sample(self, request: SampleRequest) -> SampledUnit:
-        raise WorkerDied("the process of generator 0 ended")
-
-
-def test_a_replica_that_dies_of_a_unit_again_and_again_ends_the_run():
-    slot = Slot(Doomed)
-    (replica,) = replicas(slot)
-    WeightSync([replica], PROBE).push(RemoteLearner(FakeLearner()))
-    unit = replica.sample(request(0))
-    said = r"^the process of generator 0 ended \(restarted 2 times, to no avail\)$"
-    with pytest.raises(WorkerDied, match=said):
-        unit.result()
-    assert slot.calls.count("restart") == 2
-
-
-def test_weights_are_kept_for_as_long_as_a_restart_may_need_them():
-    """What the learner may forget: versions below the oldest whose samples are still owed."""
-    fake = FakeLearner()
-    learner = RemoteLearner(fake)
-    (replica,) = replicas(Slot(FakeGenerator))
-    sync = WeightSync([replica], PROBE)
-    units = []
-    for _ in range(3):
-        sync.push(learner)
-        units.append(replica.sample(request(learner.version)))
-        learner.update(UpdateBatch((), ()))
-    units[0].result()
-    sync.push(learner)
-    kept = [args[0] for method, args in fake.calls if method == "weights"]
-    assert kept == [0, 0, 0, 1]  # version 0 is what the unit that was read came from
-    for unit in units:
-        unit.result()
-    learner.update(UpdateBatch((), ()))
-    sync.push(learner)
-    assert fake.calls[-3] == ("weights", (3,))  # a restart needs what is held now
-
-
-def test_a_learner_that_died_is_not_blamed_on_a_generator():
-    class DeadLearner(FakeLearner):
-        def submit(self, method: str, *args: object) -> Result:
-            return Result(error=WorkerDied("the process of learner ended"))
-
-    slot = Slot(FakeGenerator)
-    sync = WeightSync(replicas(slot), PROBE)
-    sync.push(RemoteLearner(DeadLearner()))
-    with pytest.raises(WorkerDied, match=r"^the process of learner ended$"):
-        sync.prove(0)
-    assert "restart" not in slot.calls
-
-
-def test_the_gap_is_the_largest_over_the_generators_and_is_remembered():
-    learner, sync, _, _ = learner_and_sync(FakeGenerator, Close, FakeGenerator)
-    sync.push(learner)
-    assert sync.prove(0) == pytest.approx(0.5 * GAP_LIMIT, rel=1e-3)
-    assert sync.prove(0) == pytest.approx(0.5 * GAP_LIMIT, rel=1e-3)
-    honest, all_honest, _, _ = learner_and_sync(FakeGenerator)
-    all_honest.push(honest)
-    assert all_honest.prove(0) == 0.0
-
-
-def test_an_unchanged_version_is_not_sent_again():
-    learner, sync, fake, (slot,) = learner_and_sync(FakeGenerator)
-    sync.push(learner)
-    sync.push(learner)
-    sync.prove(0)
-    sync.push(learner)
-    assert slot.calls == ["load", "prove"]
-    assert [method for method, _ in fake.calls] == ["weights", "sent", "probe"]
-    learner.update(UpdateBatch((), ()))
-    sync.push(learner)
-    sync.push(learner)
-    assert slot.calls == ["load", "prove"] * 2
-    assert sync.prove(1) == 0.0
-
-
-@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-def test_two_pushes_wait_to_be_proved_in_either_order(order):
-    learner, sync, _, _ = learner_and_sync(Drifting)
-    sync.push(learner)
-    learner.update(UpdateBatch((), ()))
-    sync.push(learner)
-    for version in order:
-        assert sync.prove(version) == pytest.approx((version + 1) * GAP_LIMIT / 4, rel=1e-2)
-
-
-@pytest.mark.parametrize(
-    ("ids", "logprobs", "gap"),
-    [
-        ([5, 6, 7, 8], [-1.0, -2.0, -3.0, -4.0], 0.0),
-        ([5, 6, 7, 8], [-1.0, -2.25, -3.0, -4.125], 0.25),
-        # They part at the third token: a near tie there, nothing to compare afterwards.
-        ([5, 6, 9, 8], [-1.0, -2.0, -3.125, -99.0], 0.125),
-        ([5, 6, 9, 1], [-1.5, -2.0, -3.0, -99.0], 0.5),
-        ([9, 6, 7, 8], [-1.0625, -99.0, -99.0, -99.0], 0.0625),
-        # Another most likely token with another probability is no near tie.
-        ([5, 9, 7, 8], [-1.0, -7.0, -3.0, -4.0], 5.0),
-    ],
-)
-def test_continuations_are_compared_until_they_part(ids, logprobs, gap):
-    expected = continuation(0, [5, 6, 7, 8], [-1.0, -2.0, -3.0, -4.0])
-    assert probe_gap(continuation(0, ids, logprobs), expected) == gap
-
-
 # --- the proof, with a real model ------------------------------------------------------------
 
 
@@ -681,6 +291,9 @@ def workers(tiny_model):
     learner = inline(lambda: Learner(policy, options, DpoOptions(), 4))
     generators = [inline(lambda: TransformersGenerator(policy, sampling)) for _ in range(2)]
     return RemoteLearner(learner), generators, np.array([1, *(3 + np.arange(31) % 21)], np.int64)
+
+
+GAP_LIMIT = 1e-3
 
 
 def sync_of(generators: Sequence[Any], probe_ids: IntArray) -> WeightSync:

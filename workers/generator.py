@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Annotated, Any, Literal, Protocol
@@ -12,6 +13,7 @@ from workers.interval import NonNegative, Positive
 from workers.learner.needs import Needs
 from workers.messages import Completion, IntArray, Prompt
 from workers.options import PolicyOptions
+from workers.seeds import derive_seed
 from workers.weight_sync.buckets import Receipt, WeightPush
 from workers.weight_sync.proof import Proof
 from workers.weight_sync.transport import TransportName
@@ -178,6 +180,16 @@ class SampleRequest:
     purpose: str
     reference_shares: tuple[float, ...] = ()
     after_push: int = 0
+
+    def seed(self, prompt: Prompt, sample: int) -> int:
+        """Of one sample: of what it is for and nothing else."""
+        return derive_seed(self.run_seed, self.purpose, prompt.position, sample)
+
+    def answer(self, completions: Sequence[Completion], seconds: float) -> SampledUnit:
+        """What comes back: the completions, prompt by prompt, in the order of their samples."""
+        starts = range(0, len(completions), self.samples)
+        grouped = tuple(tuple(completions[i : i + self.samples]) for i in starts)
+        return SampledUnit(grouped, seconds)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

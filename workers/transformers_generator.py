@@ -22,7 +22,6 @@ from workers.models.lora import frozen_copy, trainable
 from workers.models.resolve import resolve_model
 from workers.options import PolicyOptions
 from workers.sampler import draw, geometric_mixture, logprobs_of, request_uniforms
-from workers.seeds import derive_seed
 from workers.weight_sync.buckets import (
     Receipt,
     WeightPush,
@@ -107,20 +106,14 @@ class TransformersGenerator:
         self._standing.check()
         shares = self._shares(request)
         rows = [
-            _Row(prompt, sample, self._seed(request, prompt, sample), share, [], [], [])
+            _Row(prompt, sample, request.seed(prompt, sample), share, [], [], [])
             for prompt in request.prompts
             for sample, share in enumerate(shares)
         ]
         for share in sorted(set(shares)):
             self._decode(request.prompts, [row for row in rows if row.share == share], share)
         done = [self._completion(row) for row in rows]
-        n = request.samples
-        grouped = tuple(tuple(done[i : i + n]) for i in range(0, len(done), n))
-        return SampledUnit(grouped, time.perf_counter() - began)
-
-    @staticmethod
-    def _seed(request: SampleRequest, prompt: Prompt, sample: int) -> int:
-        return derive_seed(request.run_seed, request.purpose, prompt.position, sample)
+        return request.answer(done, time.perf_counter() - began)
 
     def _shares(self, request: SampleRequest) -> tuple[float, ...]:
         """μ of each sample, checked."""

@@ -19,7 +19,6 @@ from workers.generator import GeneratorOptions, SampledUnit, SampleRequest, Samp
 from workers.messages import Completion, FloatArray, IntArray, Prompt, probe_completion
 from workers.models.resolve import resolve_model
 from workers.options import PolicyOptions
-from workers.seeds import derive_seed
 from workers.step_gate import StepGate
 from workers.vllm_engine import build_engine, first_line
 from workers.weight_sync.buckets import Receipt, SyncError, WeightPush
@@ -190,7 +189,7 @@ class VllmGenerator:
             raise ValueError("a vLLM engine holds one model: it cannot draw from a mixture of two")
         self._wait_for(request.after_push)
         rows = [
-            _Row(next(self._names), prompt, sample, self._seed(request, prompt, sample))
+            _Row(next(self._names), prompt, sample, request.seed(prompt, sample))
             for prompt in request.prompts
             for sample in range(request.samples)
         ]
@@ -213,13 +212,7 @@ class VllmGenerator:
                 self._finished.pop(row.request_id, None)
             raise
         done = [self._completion(row, self._finished.pop(row.request_id)) for row in rows]
-        n = request.samples
-        grouped = tuple(tuple(done[i : i + n]) for i in range(0, len(done), n))
-        return SampledUnit(grouped, time.perf_counter() - began)
-
-    @staticmethod
-    def _seed(request: SampleRequest, prompt: Prompt, sample: int) -> int:
-        return derive_seed(request.run_seed, request.purpose, prompt.position, sample)
+        return request.answer(done, time.perf_counter() - began)
 
     def _wait_for(self, pushes: int) -> None:
         """A push that the request needs may still be on its way on the other thread."""
