@@ -17,7 +17,7 @@ from pipeline.config import Config, apply_overrides, parse_config
 
 CONFIG_FILE = "config.yaml"
 PARTIAL_CONFIG = ".config.yaml"
-LIBRARIES = ("torch", "transformers", "ray", "datasets", "vllm", "numpy")
+LIBRARIES = ("torch", "transformers", "peft", "ray", "datasets", "vllm", "numpy")
 
 
 def refuse_existing_run(run_dir: Path) -> None:
