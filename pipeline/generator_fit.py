@@ -38,6 +38,11 @@ class Generation:
         self._check_in_flight_updates()
         self._check_transport()
         gap = self.generator.gap
+        if gap.weight_clip is not None and gap.correct_above is None:
+            raise UserError(
+                "generator.gap.correction=truncated: no round is corrected without "
+                "generator.gap.correct_above: set it, in nats a token, or leave correction out"
+            )
         if gap.weight_clip is not None and needs.sampling_logprobs:
             raise UserError(
                 f"generator.gap.correction=truncated: {self.objective}'s own importance weights "

@@ -70,6 +70,10 @@ VLLM = {"backend": "vllm"}
             "generator.gap.correct_above: the learner recomputes a round by the version that",
         ),
         (
+            {"generator": {"gap": {"correction": "truncated"}}},
+            "generator.gap.correction=truncated: no round is corrected without generator.gap.corr",
+        ),
+        (
             {
                 "generator": {"gap": {"correct_above": 0.1, "correction": "truncated"}},
                 "objective": {"name": "pdpo", "weights": "clipped"},
