@@ -22,6 +22,7 @@ from tests.vllm_helpers import (
     scored,
 )
 from workers.generator import GeneratorOptions, SampleRequest, SamplingOptions
+from workers.messages import Prompt
 from workers.options import PolicyOptions
 from workers.sampler import truncate
 from workers.seeds import derive_seed
@@ -127,6 +128,18 @@ def test_requests_have_derived_seeds_whatever_they_are_sampled_beside(engines, m
     assert np.mean(same) > 0.8  # a rounding may turn a near tie, no more
     ids = {tuple(c.ids.tolist()) for c in together}
     assert len(ids) == len(together)
+
+
+def test_more_prompts_than_a_step_takes_wait_whole(models, monkeypatch):
+    """On the CPU vLLM ends where a step computes a part of a prompt whose request has a seed."""
+    monkeypatch.setitem(ENGINE, "max_num_batched_tokens", 512)
+    generator, learner = build(models["untied"]), learner_of(models["untied"])
+    push(generator, learner, probe_of(models["untied"]))
+    ids = np.array([1, *(3 + np.arange(99) % 61)], np.int64)
+    prompts = [Prompt(i, np.roll(ids, i), "x") for i in range(16)]
+    completions = sampled(generator, prompts)
+    own = scored(learner, prompts, completions)
+    assert max(np.abs(c.logprobs - o).max() for c, o in zip(completions, own, strict=True)) < 1e-4
 
 
 def test_completions_end_as_they_were_drawn(engines, models):

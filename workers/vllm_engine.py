@@ -43,7 +43,12 @@ FIXED = (
 )
 """Engine arguments on which token-exact, verified sampling rests."""
 
-CPU_KV_CACHE_BYTES = 1 << 30
+CPU_ARGUMENTS = {
+    "enforce_eager": True,
+    "kv_cache_memory_bytes": 1 << 30,
+    # vLLM 0.32 rewinds the generator of a request whose prompt came in part: torch cannot, here.
+    "enable_chunked_prefill": False,
+}
 
 
 def build_engine(policy: PolicyOptions, options: GeneratorOptions) -> Any:
@@ -83,7 +88,12 @@ def build_engine(policy: PolicyOptions, options: GeneratorOptions) -> Any:
         "worker_extension_cls": "workers.vllm_worker.PushReceiver",
     }
     if current_platform.is_cpu():
-        arguments |= {"enforce_eager": True, "kv_cache_memory_bytes": CPU_KV_CACHE_BYTES}
+        arguments |= CPU_ARGUMENTS
+        if options.engine.get("enable_chunked_prefill"):
+            raise UserError(
+                "generator.engine.enable_chunked_prefill=true: on the CPU vLLM cannot take back "
+                "what a request's seed drew for half a prompt: leave it out"
+            )
     if options.max_model_len is not None:
         arguments["max_model_len"] = options.max_model_len
     if options.in_flight_updates:
