@@ -8,7 +8,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from judges import lexicon
 from judges.errors import UserError
 from judges.interface import Text
 from judges.plugins import (
@@ -21,10 +20,11 @@ from judges.plugins import (
     required,
 )
 
-BUILT_IN: Mapping[str, Callable[..., Any]] = {
-    "sentiment": lexicon.sentiment,
-    "polarity": lexicon.polarity,
+BUILT_IN: Mapping[str, str] = {
+    "sentiment": "judges.lexicon:sentiment",
+    "polarity": "judges.lexicon:polarity",
 }
+"""Where each is defined: loaded when it is asked for, as it may need torch."""
 
 TEXTS = ("prompts", "completions", "first", "second")
 """The parameters that are handed over by us; all others are columns of the prompts, or args."""
@@ -80,17 +80,12 @@ def build_judge(name: str, args: Mapping[str, Any], *, key: str = "judge.name") 
     for an unknown name, an unfit signature, or args that do not fit it; what a plug-in's
     constructor raises passes through.
     """
-    if is_plugin(name):
-        plugin = load_plugin(name, key=key)
-    elif name in BUILT_IN:
-        plugin = BUILT_IN[name]
-        for arg in args:
-            raise UserError(f"{args_key(key)}.{arg}: {name} takes no arguments: leave it out")
-    else:
+    if not is_plugin(name) and name not in BUILT_IN:
         raise UserError(
             f"{key}={name}: no such judge{nearest(name, BUILT_IN)}: "
             f"write {', '.join(BUILT_IN)}, {FORM}"
         )
+    plugin = load_plugin(BUILT_IN.get(name, name), key=key)
     if inspect.isclass(plugin):
         function, args = _method(_construct(plugin, args, name, key), name, key), {}
     else:

@@ -19,10 +19,17 @@ PROBABILITY_FLOOR = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """A judge's element with its reason; ``value`` None or NaN is INVALID."""
+    """A judge's element with its reason; ``value`` None or NaN is INVALID.
+
+    ``declined``: no verdict, on purpose (a person skipped it, the members of a vote disagreed): it
+    is not learned from either, but it is no failure. ``flipped``: a judge that was asked in both
+    orders says whether its preference changed with the order.
+    """
 
     value: float | None
     reason: str | None = None
+    declined: bool = False
+    flipped: bool | None = None
 
     @classmethod
     def read(cls, element: object) -> Score:
@@ -33,7 +40,10 @@ class Score:
         """
         score = element if isinstance(element, Score) else None
         value: Any = element if score is None else score.value
+        if score is not None and score.declined:
+            return cls(None, score.reason or "declined", declined=True)
         stated = None if score is None else score.reason
+        flipped = None if score is None else score.flipped
         if getattr(value, "ndim", None) == 0:
             value = value.item()
         if not isinstance(value, int | float):
@@ -43,7 +53,7 @@ class Score:
             return cls(None, stated or "returned an infinite number")
         if math.isnan(value):
             return cls(None, stated or "returned NaN")
-        return cls(float(value), stated)
+        return cls(float(value), stated, flipped=flipped)
 
 
 class Outcome(enum.Enum):

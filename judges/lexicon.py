@@ -9,11 +9,7 @@ from typing import Any
 from judges.interface import Text, text_of
 
 
-def sentiment(
-    prompts: Sequence[Text],
-    completions: Sequence[Text],
-    **columns: Any,
-) -> list[float | None]:
+def sentiment(prompts: Sequence[Text], completions: Sequence[Text]) -> list[float | None]:
     """VADER's compound sentiment of each completion, in [-1, 1]; 0 for text without such words.
 
     Hutto and Gilbert, "VADER: a parsimonious rule-based model for sentiment analysis", ICWSM 2014.
@@ -22,11 +18,7 @@ def sentiment(
     return [analyzer.polarity_scores(text_of(c))["compound"] for c in completions]
 
 
-def polarity(
-    prompts: Sequence[Text],
-    completions: Sequence[Text],
-    **columns: Any,
-) -> list[float | None]:
+def polarity(prompts: Sequence[Text], completions: Sequence[Text]) -> list[float | None]:
     """TextBlob's polarity of each completion, in [-1, 1]: a lexicon independent of VADER's."""
     from textblob import TextBlob
 

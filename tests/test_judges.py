@@ -42,7 +42,7 @@ def plugin(tmp_path):
 def test_sentiment_is_vaders_compound():
     vader = SentimentIntensityAnalyzer()
     expected = [vader.polarity_scores(text)["compound"] for text in TEXTS]
-    scores = sentiment(prompts=["p"] * 4, completions=TEXTS, answer=["a"] * 4)
+    scores = sentiment(prompts=["p"] * 4, completions=TEXTS)
     assert scores == expected
     assert expected[0] == 0.8478
     assert expected[1] < -0.5
@@ -51,7 +51,7 @@ def test_sentiment_is_vaders_compound():
 
 def test_polarity_is_textblobs():
     expected = [TextBlob(text).sentiment.polarity for text in TEXTS]
-    scores = polarity(prompts=["p"] * 4, completions=TEXTS, answer=["a"] * 4)
+    scores = polarity(prompts=["p"] * 4, completions=TEXTS)
     assert scores == expected
     assert expected[:2] == [0.75, -0.5]
     assert expected[2:] == [0.0, 0.0]
