@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from workers.tagged_union import TaggedUnion
+from judges.tagged_union import TaggedUnion
 
 
 def explain(model: type[BaseModel], errors: Iterable[ErrorDetails]) -> list[str]:

@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from judges.tagged_union import TaggedUnion
 from workers.interval import Positive
-from workers.tagged_union import TaggedUnion
 
 
 def _targets(value: Any) -> str:

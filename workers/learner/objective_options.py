@@ -13,6 +13,7 @@ from pydantic import Field
 
 from judges.errors import UserError
 from judges.plugins import args_key, is_plugin, load_plugin, open_parameters, required
+from judges.tagged_union import TaggedUnion
 from workers.interval import Interval, NonNegative, Positive
 from workers.learner.needs import Needs, needs_of
 from workers.learner.pairwise_options import (
@@ -38,7 +39,6 @@ from workers.learner.pairwise_options import (
     SppoOptions,
     XpoOptions,
 )
-from workers.tagged_union import TaggedUnion
 
 
 class PdpoOptions(Options):

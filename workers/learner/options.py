@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from judges.tagged_union import TaggedUnion
 from workers.interval import Interval
-from workers.tagged_union import TaggedUnion
 
 
 class ReferenceSchedule(BaseModel):
