@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import inspect
+import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from judges.errors import UserError
@@ -23,8 +27,26 @@ from judges.plugins import (
 BUILT_IN: Mapping[str, str] = {
     "sentiment": "judges.lexicon:sentiment",
     "polarity": "judges.lexicon:polarity",
+    "language": "judges.lexicon:Language",
+    "readability": "judges.lexicon:Readability",
+    "profanity": "judges.lexicon:Profanity",
+    "exact_answer": "judges.answers:ExactAnswer",
+    "regex": "judges.rules:Regex",
+    "json_schema": "judges.rules:JsonSchema",
+    "length_window": "judges.rules:LengthWindow",
+    "repetition": "judges.rules:Repetition",
+    "human": "judges.human.judge:Human",
+    "reward_model": "judges.reward_model:RewardModel",
+    "implicit_reward": "judges.implicit_reward:ImplicitReward",
+    "served_reward_model": "judges.served:VllmReward",
+    "http": "judges.served:HttpReward",
+    "llm_pairwise": "judges.llm:Pairwise",
+    "llm_pointwise": "judges.llm:Pointwise",
+    "self_rewarding": "judges.llm:SelfRewarding",
 }
 """Where each is defined: loaded when it is asked for, as it may need torch."""
+
+NOTHING: Mapping[str, Callable[[], Any]] = MappingProxyType({})
 
 TEXTS = ("prompts", "completions", "first", "second")
 """The parameters that are handed over by us; all others are columns of the prompts, or args."""
@@ -36,7 +58,9 @@ class Judge:
 
     ``compares`` tells its shape: it is asked for P(first better), else for scores. ``accepts`` are
     the parameters that its signature leaves open (None: any), ``needs`` the columns among them
-    without a default.
+    without a default. ``took`` are the things offered to its constructor that it asked for.
+    ``identity`` (JSON) is what its answers depend on beside the question: name, args, and the
+    content of the files these name.
     """
 
     name: str
@@ -46,6 +70,16 @@ class Judge:
     needs: tuple[str, ...]
     bound: frozenset[str]
     key: str
+    took: frozenset[str]
+    identity: tuple[Any, ...]
+
+    def reads(self, column: str) -> bool:
+        """Whether it is given that column of the prompts."""
+        return column not in self.bound and (self.accepts is None or column in self.accepts)
+
+    def names(self, parameter: str) -> bool:
+        """Whether its signature asks for that by name."""
+        return self.accepts is not None and parameter in self.accepts
 
     def require(self, columns: Collection[str]) -> None:
         """Raise UserError for a column that the signature needs and the prompts lack."""
@@ -71,10 +105,17 @@ class Judge:
         return self.function(**offered)
 
 
-def build_judge(name: str, args: Mapping[str, Any], *, key: str = "judge.name") -> Judge:
+def build_judge(
+    name: str,
+    args: Mapping[str, Any],
+    *,
+    key: str = "judge.name",
+    offered: Mapping[str, Callable[[], Any]] = NOTHING,
+) -> Judge:
     """The built-in judge of that name, or the plug-in that it points to.
 
-    A class is constructed here, once, with ``args``; of its instance the method ``score``, else
+    A class is constructed here, once, with ``args`` and with what it asks for by name of what is
+    ``offered`` (each made when it is asked for); of its instance the method ``score``, else
     ``compare``, else the call is the judge. A function gets ``args`` by keyword at every call.
     It compares if its signature takes ``first`` and ``second``; else it scores. Raises UserError
     for an unknown name, an unfit signature, or args that do not fit it; what a plug-in's
@@ -86,8 +127,11 @@ def build_judge(name: str, args: Mapping[str, Any], *, key: str = "judge.name") 
             f"write {', '.join(BUILT_IN)}, {FORM}"
         )
     plugin = load_plugin(BUILT_IN.get(name, name), key=key)
+    identity = (name, _contents(dict(args)), _contents(name.rpartition(":")[0]))
+    took: frozenset[str] = frozenset()
     if inspect.isclass(plugin):
-        function, args = _method(_construct(plugin, args, name, key), name, key), {}
+        instance, took = _construct(plugin, args, name, key, offered)
+        function, args = _method(instance, name, key), {}
     else:
         function = plugin
     for arg in args:
@@ -117,14 +161,36 @@ def build_judge(name: str, args: Mapping[str, Any], *, key: str = "judge.name") 
         needs=tuple(n for n in required(open_) if n not in handed_over),
         bound=frozenset(args),
         key=key,
+        took=took,
+        identity=identity,
     )
 
 
-def _construct(plugin: type, args: Mapping[str, Any], name: str, key: str) -> object:
+def _construct(
+    plugin: type,
+    args: Mapping[str, Any],
+    name: str,
+    key: str,
+    offered: Mapping[str, Callable[[], Any]],
+) -> tuple[object, frozenset[str]]:
+    """The instance, and the names of what was offered that it took."""
     open_, _ = open_parameters(plugin, args, key=key, spec=name)
-    if missing := required(open_):
+    taken = {n: offered[n]() for n in open_ if n in offered}
+    if missing := [n for n in required(open_) if n not in taken]:
         raise UserError(f"{args_key(key)}: {name} needs {', '.join(missing)}: give it there")
-    return plugin(**args)
+    return plugin(**args, **taken), frozenset(taken)
+
+
+def _contents(value: Any) -> Any:
+    """The same, with a digest of the content beside each string that names a file."""
+    match value:
+        case str() if os.path.isfile(value):
+            return [value, hashlib.sha256(Path(value).read_bytes()).hexdigest()]
+        case Mapping():
+            return {str(key): _contents(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_contents(item) for item in value]
+    return value
 
 
 def _method(instance: object, name: str, key: str) -> Callable[..., Any]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import datetime
 import email.utils
+import math
+import random
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import tenacity
@@ -17,12 +20,18 @@ T = TypeVar("T")
 LONGEST_WAIT = 300.0
 """Seconds: a server that asks to wait longer is as good as down."""
 
+LONGEST_BACKOFF = 60.0
+"""Seconds between two attempts where the server does not say how long to wait."""
+
 PASSING = frozenset({408, 409, 425, 429})
 """HTTP statuses that a later call may not meet, beside those from 500."""
 
 
 class TemporaryFailure(Exception):  # noqa: N818 (named for what it is to the caller)
-    """What a call may raise to be made again, after ``retry_after`` seconds if it is known."""
+    """What a call may raise to be made again, after ``retry_after`` seconds if it is known.
+
+    The message is one line for a verdict's reason, as CallFailed's is.
+    """
 
     def __init__(self, reason: str, retry_after: float | None = None) -> None:
         super().__init__(reason)
@@ -30,7 +39,10 @@ class TemporaryFailure(Exception):  # noqa: N818 (named for what it is to the ca
 
 
 class CallFailed(Exception):  # noqa: N818
-    """A call that failed for good; the message is one line for a verdict's reason."""
+    """A call that failed for good; the message is one line for a verdict's reason.
+
+    A call may raise it itself: it is not made again.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +50,9 @@ class CallLimits:
     """``concurrency`` calls at once, ``calls_per_minute`` begun evenly spaced (None: no limit).
 
     An attempt may take ``timeout`` seconds (None: for ever); one that failed for a passing reason
-    is made again up to ``retries`` times, after ``backoff`` seconds, twice as long each time, with
-    jitter, or after what the server's Retry-After says.
+    is made again up to ``retries`` times. It waits between 0 and ``backoff`` seconds, twice as
+    long each time, at most ``LONGEST_BACKOFF``; or what the server's Retry-After says, and up to
+    ``backoff`` seconds more. Raises ValueError for limits within which nothing could be called.
     """
 
     concurrency: int = 16
@@ -48,44 +61,58 @@ class CallLimits:
     retries: int = 4
     backoff: float = 1.0
 
+    def __post_init__(self) -> None:
+        for name, lowest in (("concurrency", 1), ("retries", 0), ("backoff", 0)):
+            if not getattr(self, name) >= lowest:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least {lowest}")
+        for name in ("calls_per_minute", "timeout"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}={value}: must be above 0, or null for no limit")
+
     def shared_by(self, replicas: int) -> CallLimits:
-        """The part of one of so many replicas: together they keep the limits."""
+        """The part of one of so many replicas: together they keep the limits.
+
+        Each may make at least one call at once, even if there are more replicas than calls.
+        """
         rate = self.calls_per_minute
-        return CallLimits(
+        return replace(
+            self,
             concurrency=max(1, self.concurrency // replicas),
             calls_per_minute=None if rate is None else rate / replicas,
-            timeout=self.timeout,
-            retries=self.retries,
-            backoff=self.backoff,
         )
 
 
 class Calls:
-    """Makes calls within limits, all of them on one event loop.
+    """Makes calls within limits, on one event loop at a time.
 
-    ``counts`` has "calls" (attempts), "retries" and "timeouts" since it was built.
+    It adds "calls" (attempts), "retries" and "timeouts" to ``counts``, if given to those of others.
     """
 
     def __init__(
         self,
         limits: CallLimits,
+        counts: Counter[str] | None = None,
         *,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.limits = limits
-        self.counts: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter() if counts is None else counts
         self._sleep = sleep
         self._clock = clock
-        self._slots = asyncio.Semaphore(limits.concurrency)
-        self._next_start = 0.0
+        self._random = random.Random()  # not the module's: a judge may have seeded that one
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._next_start = -math.inf
+        self._paused_until = -math.inf
 
     async def make(self, call: Callable[[], Awaitable[T]]) -> T:
         """The call's result, after as many attempts as it took.
 
-        An attempt that outlasts its deadline is cancelled, so nobody hears a late answer. Raises
-        CallFailed when the last attempt failed or the failure will not pass.
+        An attempt that outlasts its deadline is cancelled, and what it may still say is not heard.
+        Raises CallFailed when the last attempt failed or the failure will not pass.
         """
+        self._enter_loop()
         attempts = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception(is_temporary),
             stop=tenacity.stop_after_attempt(self.limits.retries + 1),
@@ -99,6 +126,14 @@ class Calls:
         except Exception as error:
             raise CallFailed(self._reason(error)) from error
 
+    def _enter_loop(self) -> None:
+        """Locks wait on one loop only, and whoever calls ``asyncio.run`` twice has two."""
+        loop = asyncio.get_running_loop()
+        if loop is not self._loop:
+            self._loop = loop
+            self._slots = asyncio.Semaphore(self.limits.concurrency)
+            self._gate = asyncio.Lock()
+
     async def _attempt(self, call: Callable[[], Awaitable[T]]) -> T:
         async with self._slots:
             await self._turn()
@@ -106,36 +141,47 @@ class Calls:
             deadline = asyncio.timeout(self.limits.timeout)
             try:
                 async with deadline:
-                    return await call()
-            except TimeoutError as error:
-                if not deadline.expired():
-                    raise
-                self.counts["timeouts"] += 1
-                raise TimeoutError(f"timed out after {self.limits.timeout:g} s") from error
+                    result = await call()
+            except Exception as error:
+                if deadline.expired():
+                    raise self._timed_out() from error
+                self._pause(retry_after(error))
+                raise
+            if deadline.expired():  # it caught its cancellation and answered all the same
+                raise self._timed_out()
+            return result
 
     async def _turn(self) -> None:
-        """Wait until this call may begin."""
-        now = self._clock()
-        start = max(now, self._next_start)
-        spacing = 60.0 / self.limits.calls_per_minute if self.limits.calls_per_minute else 0.0
-        self._next_start = start + spacing
-        if start > now:
-            await self._sleep(start - now)
+        """Wait until this call may begin, behind those that wait already."""
+        async with self._gate:
+            while (wait := max(self._next_start, self._paused_until) - self._clock()) > 0:
+                await self._sleep(wait)
+            if self.limits.calls_per_minute is not None:
+                self._next_start = self._clock() + 60.0 / self.limits.calls_per_minute
+
+    def _pause(self, asked: float | None) -> None:
+        """The server asked one call to wait: so do all."""
+        if asked is not None and asked <= LONGEST_WAIT:
+            self._paused_until = max(self._paused_until, self._clock() + asked)
+
+    def _timed_out(self) -> TimeoutError:
+        self.counts["timeouts"] += 1
+        return TimeoutError(f"timed out after {self.limits.timeout:g} s")
 
     def _wait(self, state: tenacity.RetryCallState) -> float:
         assert state.outcome is not None
         asked = retry_after(state.outcome.exception())
-        jittered = tenacity.wait_random_exponential(multiplier=self.limits.backoff, max=60.0)
-        if asked is None:
-            return jittered(state)
-        self._next_start = max(self._next_start, self._clock() + asked)  # the others wait, too
-        return asked
+        if asked is not None:
+            return asked + self._random.uniform(0.0, self.limits.backoff)
+        doubled = self.limits.backoff * 2.0 ** min(state.attempt_number - 1, 60)
+        return self._random.uniform(0.0, min(doubled, LONGEST_BACKOFF))
 
     def _note_retry(self, state: tenacity.RetryCallState) -> None:
         self.counts["retries"] += 1
 
     def _reason(self, error: Exception) -> str:
-        text = " ".join(f"{type(error).__name__}: {error}".split())
+        stated = isinstance(error, TemporaryFailure | CallFailed)
+        text = " ".join((str(error) if stated else f"{type(error).__name__}: {error}").split())
         again = self.limits.retries if is_temporary(error) else 0
         return f"{text[:300]} (tried {again + 1} times)" if again else text[:300]
 
@@ -174,11 +220,18 @@ def retry_after(error: BaseException | None) -> float | None:
     try:
         seconds = float(value)
     except ValueError:
-        try:
-            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-        except ValueError:
-            return None
-    return max(0.0, seconds) if seconds == seconds else None
+        seconds = _seconds_until(value)
+    return None if math.isnan(seconds) else max(0.0, seconds)
+
+
+def _seconds_until(http_date: str) -> float:
+    try:
+        then = email.utils.parsedate_to_datetime(http_date)
+        if then.tzinfo is None:
+            then = then.replace(tzinfo=datetime.UTC)  # RFC 9110, 5.6.7: all dates are in GMT
+        return then.timestamp() - time.time()
+    except (ValueError, OverflowError):
+        return math.nan
 
 
 def _is_transport(error: BaseException) -> bool:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from judges.budget import BudgetSpent
 from judges.errors import UserError
 from pipeline.handles import WorkerDied
-from workers.judge_worker import JudgeFailed
+from workers.verdicts import JudgeFailed
 from workers.weight_sync.buckets import SyncError
 
 if TYPE_CHECKING:
@@ -53,7 +54,13 @@ def train(
 
 
 @app.command(epilog="Example: `freshpairs resume runs/quickstart`")
-def resume(run_dir: RunDir) -> None:
+def resume(
+    run_dir: RunDir,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[judge.budget.KEY=VALUE]…", help="More for the judge to spend."),
+    ] = None,
+) -> None:
     """Go on with a run that was stopped or killed, as if nothing had happened."""
     from pipeline.run_directory import read_run_config
 
@@ -61,7 +68,7 @@ def resume(run_dir: RunDir) -> None:
     _one_process_environment(cfg.cluster.address)
     from pipeline import job
 
-    _show(job.resume(run_dir))
+    _show(job.resume(run_dir, overrides or []))
 
 
 @app.command(epilog="Example: `freshpairs evaluate runs/quickstart evaluation.judges=[polarity]`")
@@ -70,15 +77,47 @@ def evaluate(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]…", help="Overrides.")
     ] = None,
+    judge: Annotated[
+        str | None, typer.Option("--judge", help="Only by this judge: a name, or file.py:name.")
+    ] = None,
 ) -> None:
     """Compare a finished run's policy with its starting model again, e.g. by another judge."""
     from pipeline.run_directory import read_run_config
 
-    cfg, _ = read_run_config(run_dir, overrides or [])
+    alone = [] if judge is None else [f"judge={{name: {judge}}}", "evaluation.judges=[]"]
+    cfg, _ = read_run_config(run_dir, [*alone, *(overrides or [])])
     _one_process_environment(cfg.cluster.address)
     from pipeline import job
 
     _show(job.evaluate(cfg))
+
+
+@app.command(
+    epilog="Example: `freshpairs label pairs.jsonl --judge my_judge.py:fn --out labels.parquet`"
+)
+def label(
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="Rows of prompt and completion, or of pairs.")
+    ],
+    judge: Annotated[
+        str, typer.Option("--judge", help="A name, path/to/file.py:name, or a config.yaml.")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="File to write: .parquet.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[judge.KEY=VALUE]…", help="The judge's options, as in a config."),
+    ] = None,
+) -> None:
+    """Try a judge: ask it about a file of completions or pairs, and write what it says."""
+    from pipeline.judge_config import read_judge
+
+    options = read_judge(judge, overrides or [])
+    _one_process_environment("inline")
+    from pipeline.label import label, summary
+
+    labelled = label(file, options, out, say=lambda line: typer.echo(line, err=True))
+    Console().print(summary(labelled))
+    typer.echo(f"written to {out}")
 
 
 @app.command(epilog="Example: `freshpairs export runs/quickstart --out pairs.parquet`")
@@ -162,7 +201,11 @@ def main() -> None:
         _complain(_with_notes(mistake))
         sys.exit(EXIT_MISTAKE)
     except Stopped as stopped:
-        typer.echo(f"{stopped}: go on with `freshpairs resume {stopped.run_dir}`", err=True)
+        command = f"freshpairs resume {stopped.run_dir} {stopped.changed}".rstrip()
+        typer.echo(f"{stopped}: go on with `{command}`", err=True)
+        sys.exit(EXIT_STOPPED)
+    except BudgetSpent as spent:
+        _complain(f"stopped ({spent}): what was answered is kept; raise it, and run this again")
         sys.exit(EXIT_STOPPED)
     except (JudgeFailed, SyncError, WorkerDied, FloatingPointError) as failure:
         _complain(f"the run failed: {_with_notes(failure)}")

@@ -16,16 +16,17 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from judges.errors import UserError
-from judges.plugins import is_plugin, resolve_plugin_path
+from judges.options import JudgeOptions, OtherJudge
+from pipeline.config_files import absolute
 from pipeline.fit import Served
 from pipeline.generator_fit import Generation
+from pipeline.judge_fit import check_judge
 from pipeline.mistakes import explain
 from pipeline.pairing import PairingOptions
 from pipeline.prompts import PromptOptions
 from pipeline.resampling import ResamplingOptions
 from pipeline.tracking import TrackingOptions
 from workers.generator import GeneratorOptions, SamplingOptions
-from workers.judge_worker import JudgeOptions
 from workers.learner.objective_options import ObjectiveOptions, OwnOptions
 from workers.learner.options import LearnerOptions, ReferenceOptions
 from workers.learner.pairwise_options import DpoOptions
@@ -61,9 +62,9 @@ class EvaluationOptions(_Section):
         default=None, description="Held-out prompts; null = no evaluation"
     )
     count: int = Field(default=128, ge=2, description="Prompts to evaluate on, from the first")
-    judges: list[str] = Field(
+    judges: list[OtherJudge] = Field(
         default_factory=list,
-        description="Judges besides the training judge: built-in names or plug-ins",
+        description="Judges besides the training judge: names, or {name, args, client, …}",
     )
 
 
@@ -152,6 +153,7 @@ class Config(_Section):
             inline=self.cluster.address == "inline",
         )
         generation.check(self.objective.needs)
+        check_judge(self)
 
     @property
     def run_dir(self) -> Path:
@@ -166,6 +168,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     become absolute. Raises UserError: one line for each mistake.
     """
     path = Path(path)
+    raw = read_yaml(path)
+    if raw.pop("environment", None) is not None:  # a run's own record: the new run goes elsewhere
+        raw.get("run", {}).pop("dir", None)
+    apply_overrides(raw, overrides)
+    return parse_config(raw, base=path.parent, where=str(path))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The sections of a config file, unchecked. Raises UserError where it is none."""
     if not path.is_file():
         raise UserError(f"{path}: no such config file{_nearest_file(path)}")
     try:
@@ -174,10 +185,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"{path}: not valid YAML: {_one_line(error)}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: a config is a mapping of sections (run:, policy:, …)")
-    if raw.pop("environment", None) is not None:  # a run's own record: the new run goes elsewhere
-        raw.get("run", {}).pop("dir", None)
-    apply_overrides(raw, overrides)
-    return parse_config(raw, base=path.parent, where=str(path))
+    return raw
 
 
 def parse_config(raw: Mapping[str, Any], base: Path, where: str = "config") -> Config:
@@ -187,7 +195,7 @@ def parse_config(raw: Mapping[str, Any], base: Path, where: str = "config") -> C
     except ValidationError as error:
         lines = (f"{where}: {line}" for line in explain(Config, error.errors()))
         raise UserError("\n".join(lines)) from None
-    return _absolute(config, base)
+    return absolute(config, base)
 
 
 class _Loader(yaml.SafeLoader):
@@ -225,57 +233,6 @@ def _override(raw: dict[str, Any], override: str) -> None:
             raise UserError(f"{override}: {'.'.join(sections[:depth])} is a value, not a section")
         place = inner
     place[last] = value
-
-
-def _absolute(config: Config, base: Path) -> Config:
-    """The config with its files made absolute, so that it means the same from anywhere."""
-    plugins = {
-        "judge": {"name": _plugin(config.judge.name, base, "judge.name")},
-        "pairing": {"strategy": _plugin(config.pairing.strategy, base, "pairing.strategy")},
-        "objective": {"name": _plugin(config.objective.name, base, "objective.name")},
-        "evaluation": {
-            "judges": [_plugin(j, base, "evaluation.judges") for j in config.evaluation.judges],
-        },
-        "prompts": _prompt_files(config.prompts, base),
-        "policy": {"model": _model_directory(config.policy.model, base)},
-        "run": {"dir": str(config.run_dir.absolute())},
-    }
-    updated = {
-        section: getattr(config, section).model_copy(update=update)
-        for section, update in plugins.items()
-    }
-    held_out = config.evaluation.prompts
-    if held_out is not None:
-        absolute = held_out.model_copy(update=_prompt_files(held_out, base))
-        updated["evaluation"] = updated["evaluation"].model_copy(update={"prompts": absolute})
-    return config.model_copy(update=updated)
-
-
-def _plugin(name: str, base: Path, key: str) -> str:
-    return resolve_plugin_path(name, base, key=key) if is_plugin(name) else name
-
-
-def _prompt_files(prompts: PromptOptions, base: Path) -> dict[str, Any]:
-    mixture = [s.model_copy(update={"path": _data_path(s.path, base)}) for s in prompts.mixture]
-    return {"path": _data_path(prompts.path, base), "mixture": mixture}
-
-
-def _data_path(path: str | None, base: Path) -> str | None:
-    """Absolute if it exists in the working directory, beside the config, or in our checkout."""
-    if path is None:
-        return None
-    checkout = Path(__file__).resolve().parent.parent
-    for root in (Path.cwd(), base, checkout):
-        if (root / path).exists():
-            return str((root / path).absolute())
-    return path
-
-
-def _model_directory(model: str, base: Path) -> str:
-    for root in (Path.cwd(), base):
-        if model and (root / model).is_dir():
-            return str((root / model).absolute())
-    return model
 
 
 def _nearest_file(path: Path) -> str:

@@ -70,6 +70,7 @@ class Drift:
             "eos_rate": eos_rate(completions),
             "off_reference_share": self._off_reference_share(round_, completions),
             "repetition_rate": repetition_rate(completions),
+            "judging": dict(round_.judging),
         }
 
     def state(self) -> dict[str, Any]:

@@ -16,14 +16,13 @@ import pyarrow.parquet as pq
 from judges.interface import text_of
 from pipeline.comparison import Comparison, compare_probabilities, compare_scores
 from pipeline.drift import kl_to_reference, length_mean, repetition_rate
-from pipeline.handles import Handle
+from pipeline.judging import Judges
 from pipeline.learner import RemoteLearner
 from pipeline.replica import Replica
 from pipeline.report import Sample
 from pipeline.rollout import UnitSize, submit_units, work_units
 from pipeline.sync import WeightSync
 from workers.generator import SampledUnit
-from workers.judge_worker import JudgedUnit
 from workers.messages import BatchCompletion, Completion, Judgement, Prompt, UpdateBatch
 
 
@@ -38,8 +37,8 @@ class Evaluator:
         self,
         prompts: Sequence[Prompt],
         replicas: Sequence[Replica],
-        judge: Handle,
-        judges: Sequence[str],
+        judges: Judges,
+        names: Sequence[str],
         directory: Path,
         *,
         every: int | None,
@@ -49,8 +48,8 @@ class Evaluator:
     ) -> None:
         self._prompts = tuple(prompts)
         self._replicas = replicas
-        self._judge = judge
         self._judges = judges
+        self._names = names
         self._directory = directory
         self._every = every
         self._updates = updates
@@ -92,7 +91,7 @@ class Evaluator:
             "repetition_rate": repetition_rate(scored),
             "repetition_rate_baseline": repetition_rate(self._baseline),
         }
-        judgements = {judge: self._judgements(judge, scored) for judge in self._judges}
+        judgements = {judge: self._judgements(judge, scored) for judge in self._names}
         self._write(self._path(learner.version), scored, judgements)
         return [
             {"judge": judge, **asdict(self._compare(found)), **measures}
@@ -110,8 +109,7 @@ class Evaluator:
     def _judgements(self, judge: str, sampled: Sequence[Completion]) -> list[Judgement]:
         both = tuple(zip(sampled, self._baseline, strict=True))
         unit = SampledUnit(both, 0.0)
-        judged: JudgedUnit = self._judge.submit("judge", judge, self._prompts, unit).result()
-        return list(judged.judgements)
+        return list(self._judges.judge(judge, self._prompts, unit).result().judgements)
 
     def _compare(self, judgements: Sequence[Judgement]) -> Comparison:
         wins = [j.wins for j in judgements if j.wins is not None]

@@ -63,9 +63,9 @@ def check_inputs(cfg: Config) -> Inputs:
         )
         stream.check()
         held_out = stream.take(0, min(cfg.evaluation.count, len(stream)))
-    for name in judges_of(cfg):
-        if is_plugin(name):
-            load_plugin(name, key="judge.name")
+    for judge in judges_of(cfg).values():
+        if is_plugin(judge.name):
+            load_plugin(judge.name, key="judge.name")
     if cfg.tracking.wandb is not None:
         wandb_module()
     cfg.check_fit()
@@ -127,6 +127,7 @@ def pairing_of(cfg: Config) -> Pairing:
     return Pairing(
         cfg.pairing,
         link=cfg.judge.link,
+        link_temperature=cfg.judge.link_temperature,
         drop_truncated=cfg.sampling.truncated == "drop",
         run_seed=cfg.run.seed,
     )

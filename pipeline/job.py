@@ -19,7 +19,9 @@ from pipeline.config import Config, threads_of
 from pipeline.drift import Drift
 from pipeline.evaluate import Evaluator
 from pipeline.inputs import Inputs, check_inputs, pairing_of
-from pipeline.launch.crew import Crew, CrewPlan, plan_crew
+from pipeline.judge_fit import evaluating_judges, selection_of
+from pipeline.judging import Judges
+from pipeline.launch.crew import Crew, CrewPlan, judges_of, plan_crew
 from pipeline.learner import RemoteLearner
 from pipeline.ledger import Ledger
 from pipeline.model_card import write_policy
@@ -28,7 +30,13 @@ from pipeline.prompts import PromptStream
 from pipeline.replica import Replica
 from pipeline.report import Sample
 from pipeline.rollout import Rollout, UnitSize
-from pipeline.run_directory import create_run_directory, read_run_config, refuse_existing_run
+from pipeline.run_directory import (
+    create_run_directory,
+    read_run_config,
+    refuse_existing_run,
+    write_run_config,
+)
+from pipeline.selection import Selection
 from pipeline.stopping import Stop, Stopped
 from pipeline.sync import WeightSync
 from pipeline.tracking import Tracker, metrics
@@ -67,12 +75,23 @@ def settled(cfg: Config) -> Config:
     return cfg.model_copy(update={"generator": generator})
 
 
-def resume(run_dir: str | Path, *, quiet: bool = False) -> RunResult:
+def resume(
+    run_dir: str | Path, overrides: Sequence[str] = (), *, quiet: bool = False
+) -> RunResult:
     """Go on with a run that stopped or was killed: same losses and weights as uninterrupted.
 
     Rounds that reached the ledger are reused; metrics are cut back to the checkpoint.
+    ``overrides`` of judge.budget are kept in the run's config; UserError for any other.
     """
-    cfg, recorded = read_run_config(Path(run_dir))
+    for override in overrides:
+        if not override.startswith("judge.budget"):
+            raise UserError(
+                f"{override}: a run goes on as it began; only judge.budget may change: start "
+                "another run for anything else"
+            )
+    cfg, recorded = read_run_config(Path(run_dir), overrides)
+    if overrides:
+        write_run_config(cfg, recorded)
     if (cfg.run_dir / "policy").is_dir():
         raise UserError(f"{run_dir}: this run is finished; its policy is in {run_dir}/policy")
     return _run(cfg, check_inputs(cfg), recorded["threads"], False, quiet)
@@ -93,9 +112,11 @@ def evaluate(cfg: Config) -> RunResult:
     with start_crew(cfg, plan_crew(cfg, generator, learner_threads)) as crew:
         learner = RemoteLearner(crew.learner)
         replicas = replicas_of(cfg, crew, inputs)
-        sync = WeightSync(replicas, inputs.probe_ids())
+        judges = judges_with(cfg, crew, inputs)
+        judges.check(inputs.held_out[:1])
+        sync = WeightSync([*replicas, *judges.given_weights], inputs.probe_ids())
         directory = cfg.run_dir / "evaluations" / f"{datetime.now():%Y%m%d-%H%M%S}"
-        evaluator = evaluator_of(cfg, crew, replicas, inputs.held_out, directory)
+        evaluator = evaluator_of(cfg, judges, replicas, inputs.held_out, directory)
         sync.push(learner)
         evaluator.baseline(learner, sync)
         learner.adopt(cfg.policy.model_copy(update={"model": str(policy)}), cfg.run.updates)
@@ -118,7 +139,9 @@ def _run(cfg: Config, inputs: Inputs, threads: dict[str, int], new: bool, quiet:
         progress = stack.enter_context(_progress(cfg, quiet))
         progress.say(f"starting {len(plan.workers)} workers ({cfg.cluster.address}) …")
         crew = stack.enter_context(start_crew(cfg, plan))
-        crew.judge.submit("check", inputs.prompts.take(0, 8) + inputs.held_out[:1]).result()
+        judges = judges_with(cfg, crew, inputs)
+        compares = judges.check(inputs.prompts.take(0, 8) + inputs.held_out[:1])
+        selection = selection_of(cfg, compares, len(inputs.held_out), crew.learner)
         if new:
             create_run_directory(cfg, threads)
         learner = RemoteLearner(crew.learner)
@@ -135,13 +158,13 @@ def _run(cfg: Config, inputs: Inputs, threads: dict[str, int], new: bool, quiet:
             progress.say(f"resumed after update {cursor.update}")
         replicas = replicas_of(cfg, crew, inputs)
         evaluations = cfg.run_dir / "evaluations"
-        evaluator = evaluator_of(cfg, crew, replicas, inputs.held_out, evaluations)
+        evaluator = evaluator_of(cfg, judges, replicas, inputs.held_out, evaluations)
         stop = stack.enter_context(Stop(cfg.run_dir))
         loop.run(
             cfg,
-            rollout=_rollout(cfg, crew, replicas, inputs.prompts),
+            rollout=_rollout(cfg, replicas, judges, selection, inputs.prompts),
             learner=learner,
-            sync=WeightSync(replicas, inputs.probe_ids()),
+            sync=WeightSync([*replicas, *judges.given_weights], inputs.probe_ids()),
             ledger=Ledger(cfg.run_dir / "ledger"),
             drift=drift,
             tracker=tracker,
@@ -200,7 +223,7 @@ def _progress(cfg: Config, quiet: bool) -> Progress:
         model=cfg.policy.model,
         objective=cfg.objective.name,
         settings=cfg.objective.settings,
-        judge=cfg.judge.name,
+        judge=cfg.judge.title,
         run_dir=cfg.run_dir,
         updates=cfg.run.updates,
         done=checkpoints_of(cfg).latest_update(),
@@ -215,15 +238,32 @@ def replicas_of(cfg: Config, crew: Crew, inputs: Inputs) -> list[Replica]:
     return [Replica(i, handle, probe_ids, limit) for i, handle in enumerate(crew.generators)]
 
 
+def judges_with(cfg: Config, crew: Crew, inputs: Inputs) -> Judges:
+    """The judge workers, as they are replaced when they die or hang."""
+    limit, probe_ids = cfg.generator.gap_limit(cfg.policy), inputs.probe_ids()
+    return Judges(
+        [Replica(i, h, probe_ids, limit, kind="judge") for i, h in enumerate(crew.judges)],
+        crew.learner,
+        judges_of(cfg),
+        in_one_process=cfg.cluster.address == "inline",
+    )
+
+
 def _rollout(
-    cfg: Config, crew: Crew, replicas: Sequence[Replica], prompts: PromptStream
+    cfg: Config,
+    replicas: Sequence[Replica],
+    judges: Judges,
+    selection: Selection,
+    prompts: PromptStream,
 ) -> Rollout:
     return Rollout(
         prompts,
         replicas,
-        crew.judge,
+        judges,
+        selection,
         pairing_of(cfg),
-        judge_name=cfg.judge.name,
+        judge_name=cfg.judge.title,
+        second_judge=None if cfg.judge.second is None else cfg.judge.second.title,
         reference_shares=reference_shares(cfg),
         unit_size=unit_size(cfg, cfg.sampling.prompts_per_update),
         max_invalid_share=cfg.judge.max_invalid_share,
@@ -255,18 +295,17 @@ def reference_shares(cfg: Config) -> list[float]:
 
 def evaluator_of(
     cfg: Config,
-    crew: Crew,
+    judges: Judges,
     replicas: Sequence[Replica],
     held_out: Sequence[Prompt],
     directory: Path,
 ) -> Evaluator:
     """An evaluator by the run's training judge and the others, that writes to ``directory``."""
-    names = [cfg.judge.name, *(n for n in cfg.evaluation.judges if n != cfg.judge.name)]
     return Evaluator(
         held_out,
         replicas,
-        crew.judge,
-        names,
+        judges,
+        evaluating_judges(cfg),
         directory,
         every=cfg.evaluation.every,
         updates=cfg.run.updates,

@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -38,6 +38,7 @@ class RoundHeader:
     seconds: dict[str, float]
     logprob_gap: float | None
     reference_version: int | None
+    judging: dict[str, float | None] = field(default_factory=dict)
 
 
 class Ledger:
@@ -103,6 +104,7 @@ class Ledger:
             seconds=header.seconds,
             logprob_gap=header.logprob_gap,
             reference_version=None,
+            judging=header.judging,
         )
         path = self._reference_path(index)
         if not path.is_file():
@@ -172,6 +174,7 @@ def _header(round_: Round) -> RoundHeader:
         seconds=dict(round_.seconds),
         logprob_gap=round_.logprob_gap,
         reference_version=round_.reference_version,
+        judging=dict(round_.judging),
     )
 
 
@@ -192,6 +195,9 @@ def _require_consistent(round_: Round) -> None:
         shapes_fit = len(judgement.scores) == len(judgement.reasons) == n and (
             judgement.wins is None or judgement.wins.shape == (n, n)
         )
+        if judgement.declined is not None:
+            asked = judgement.scores if judgement.wins is None else judgement.wins
+            shapes_fit = shapes_fit and judgement.declined.shape == asked.shape
         if not shapes_fit:
             raise ValueError(
                 f"round {round_.index}: position {position} has {n} completions, not as many scores"

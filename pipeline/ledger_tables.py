@@ -12,6 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from workers.messages import (
+    BoolArray,
     Completion,
     Fate,
     FloatArray,
@@ -45,6 +46,7 @@ COMPLETIONS_SCHEMA = pa.schema(
         ("score", pa.float64()),
         ("reason", pa.string()),
         ("wins", pa.list_(pa.float64())),  # P(this better than each of the prompt's); null: scored
+        ("declined", pa.list_(pa.bool_())),  # beside score, or wins; null: nowhere
         ("desirable", pa.bool_()),  # null: not labelled without a partner
         ("fate", pa.string()),  # of that label
     ]
@@ -111,6 +113,7 @@ def completions_table(round_: Round) -> pa.Table:
             ],
             np.float64,
         ),
+        "declined": [_declined(group.judgement, at) for group, at, _ in rows],
     }
     labels = {(label.position, label.sample): label for label in round_.labels}
     found = [labels.get((completion.position, completion.sample)) for _, _, completion in rows]
@@ -187,6 +190,20 @@ def groups_of(completions: pa.Table, pairs: pa.Table) -> tuple[PromptGroup, ...]
     )
 
 
+def _declined(judgement: Judgement, at: int) -> list[bool] | None:
+    if judgement.declined is None:
+        return None
+    row: list[bool] = np.atleast_1d(judgement.declined[at]).tolist()
+    return row
+
+
+def _read_declined(rows: Sequence[Mapping[str, Any]]) -> BoolArray | None:
+    if rows[0].get("declined") is None:  # ledgers of old lack the column
+        return None
+    stacked = np.stack([row["declined"] for row in rows]).astype(np.bool_)
+    return stacked[:, 0] if rows[0]["wins"] is None else stacked
+
+
 def _list_array(arrays: Sequence[npt.NDArray[Any] | None], dtype: npt.DTypeLike) -> pa.ListArray:
     """The arrays as one Arrow column, bit for bit; None is null. Raises TypeError."""
     for array in arrays:
@@ -243,6 +260,7 @@ def _group(rows: list[dict[str, Any]], pairs: tuple[Pair, ...]) -> PromptGroup:
         scores=np.array([row["score"] for row in rows], np.float64),
         reasons=tuple(row["reason"] for row in rows),
         wins=None if first["wins"] is None else np.stack([row["wins"] for row in rows]),
+        declined=_read_declined(rows),
     )
     prompt = Prompt(position, first["prompt_ids"], content, json.loads(first["columns"]))
     return PromptGroup(prompt, tuple(completions), judgement, pairs, tuple(labels))

@@ -49,7 +49,7 @@ def model_card(cfg: Config) -> str:
         "",
         f"- objective: {cfg.objective.name} ({cfg.objective.settings})",
         f"- reference: {_reference(cfg)}",
-        f"- judge: {cfg.judge.name}",
+        f"- judge: {cfg.judge.title}",
         f"- {cfg.run.updates} updates of {cfg.sampling.prompts_per_update} prompts × "
         f"{cfg.sampling.completions_per_prompt} completions of at most "
         f"{cfg.sampling.max_new_tokens} tokens (temperature {cfg.sampling.temperature:g}), "

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from judges.interface import Outcome, Verdict
+from judges.links import bradley_terry, hard, sampled
+from judges.options import LinkName
 from pipeline.pairing_rules import build_rule, unpairable
 from workers.messages import Completion, Fate, Judgement, Label, Pair, Prompt
 from workers.seeds import derive_seed
@@ -71,7 +73,8 @@ class Pairing:
         self,
         options: PairingOptions,
         *,
-        link: Literal["hard"],
+        link: LinkName = "hard",
+        link_temperature: float = 1.0,
         drop_truncated: bool,
         run_seed: int,
     ) -> None:
@@ -81,7 +84,8 @@ class Pairing:
         self._max_pairs = options.max_pairs
         self._threshold = options.threshold
         self._keep_ties = options.ties == "keep"
-        self._link = LINKS[link]
+        self._link: LinkName = link
+        self._link_temperature = link_temperature
         self._drop_truncated = drop_truncated
         self._run_seed = run_seed
 
@@ -91,9 +95,10 @@ class Pairing:
         """The prompt's pairs in the rule's order, those not to be learned from with their fate.
 
         ``completions`` stand in order of their sample index. A pair has one fate, the first that
-        holds of INVALID, IDENTICAL, TRUNCATED, TIE, MARGIN, else LEARN. ``label_prob`` is P(chosen
-        better): 1 under the hard link, 0.5 in a tie, NaN if INVALID. Past ``max_pairs`` to be
-        learned from the others are left out. Raises UserError for a plug-in's wrong proposal.
+        holds of INVALID or UNJUDGED, IDENTICAL, TRUNCATED, TIE, MARGIN, else LEARN. ``label_prob``
+        is P(chosen better): 1 under the hard and the sampled link, 0.5 in a tie, NaN without a
+        verdict. Past ``max_pairs`` to be learned from the others are left out. Raises UserError for
+        a plug-in's wrong proposal.
         """
         rng = np.random.default_rng(derive_seed(self._run_seed, "pairing", prompt.position))
         scores = [None if math.isnan(s) else s for s in judgement.scores.tolist()]
@@ -127,7 +132,7 @@ class Pairing:
                 else:
                     last = index
                 continue
-            verdict = self._link(scores[last], scores[index])
+            verdict = hard(scores[last], scores[index])
             margin = scores[last] - scores[index]
             fate = self._fate(completions[last], completions[index], verdict, margin)
             pair = Pair(judgement.position, last, index, verdict.first_better, fate)
@@ -142,7 +147,10 @@ class Pairing:
             return tuple(self._pair(completions, judgement, i, j) for i, j in proposals)
         invalid = [index for index in range(len(scores)) if index not in valid]
         left += [Pair(judgement.position, i, first, 1.0, Fate.TRUNCATED) for i in unplaced]
-        left += [Pair(judgement.position, first, i, math.nan, Fate.INVALID) for i in invalid]
+        left += [
+            Pair(judgement.position, first, i, math.nan, _without_verdict(judgement, first, i))
+            for i in invalid
+        ]
         return (*links, *left)
 
     def labels(
@@ -157,13 +165,18 @@ class Pairing:
             return ()
         above = (judgement.scores - self._threshold).tolist()
         return tuple(
-            Label(prompt.position, sample, margin > 0, self._label_fate(completion, margin))
+            Label(
+                prompt.position,
+                sample,
+                margin > 0,
+                _without_verdict(judgement, sample)
+                if math.isnan(margin)
+                else self._label_fate(completion, margin),
+            )
             for sample, (completion, margin) in enumerate(zip(completions, above, strict=True))
         )
 
     def _label_fate(self, completion: Completion, margin: float) -> Fate:
-        if math.isnan(margin):
-            return Fate.INVALID
         if self._drop_truncated and not completion.finished:
             return Fate.TRUNCATED
         if margin == 0.0:
@@ -173,6 +186,18 @@ class Pairing:
     def _pair(
         self, completions: Sequence[Completion], judgement: Judgement, first: int, second: int
     ) -> Pair:
+        first, second, verdict, margin = self._better_first(judgement, first, second)
+        fate = self._fate(completions[first], completions[second], verdict, margin)
+        if fate is Fate.INVALID:
+            fate = _without_verdict(judgement, first, second)
+        if self._keep_ties and fate in (Fate.TIE, Fate.IDENTICAL, Fate.MARGIN):
+            return Pair(judgement.position, first, second, 0.5, Fate.LEARN)
+        return Pair(judgement.position, first, second, verdict.first_better, fate)
+
+    def _better_first(
+        self, judgement: Judgement, first: int, second: int
+    ) -> tuple[int, int, Verdict, float]:
+        """Two completions, the better in front; the verdict on them; how far apart they are."""
         wins = judgement.wins
         if wins is None:
             better, worse = float(judgement.scores[first]), float(judgement.scores[second])
@@ -180,14 +205,23 @@ class Pairing:
             better, worse = float(wins[first, second]), float(wins[second, first])
         if better < worse:
             first, second, better, worse = second, first, worse, better
-        if wins is None:
-            verdict, margin = self._link(better, worse), better - worse
-        else:
-            verdict, margin = Verdict.from_probability(better), 2.0 * better - 1.0
-        fate = self._fate(completions[first], completions[second], verdict, margin)
-        if self._keep_ties and fate in (Fate.TIE, Fate.IDENTICAL, Fate.MARGIN):
-            return Pair(judgement.position, first, second, 0.5, Fate.LEARN)
-        return Pair(judgement.position, first, second, verdict.first_better, fate)
+        if wins is not None:
+            return first, second, Verdict.from_probability(better), 2.0 * better - 1.0
+        margin = better - worse
+        match self._link:
+            case "hard":
+                return first, second, hard(better, worse), margin
+            case "bradley_terry":
+                verdict = bradley_terry(better, worse, self._link_temperature)
+                return first, second, verdict, margin
+            case "sampled":
+                place = (judgement.position, min(first, second), max(first, second))
+                seed = derive_seed(self._run_seed, "link", *place)
+                uniform = np.random.default_rng(seed).random()
+                verdict = sampled(better, worse, self._link_temperature, uniform)
+                if verdict.first_better == 0.0:
+                    return second, first, verdict.swapped(), margin
+                return first, second, verdict, margin
 
     def _fate(
         self, chosen: Completion, rejected: Completion, verdict: Verdict, margin: float
@@ -203,13 +237,12 @@ class Pairing:
         return Fate.MARGIN if margin < self._min_margin else Fate.LEARN
 
 
-def hard_link(first: float, second: float) -> Verdict:
-    """The higher of two scores is better for certain; equal is a TIE, NaN is INVALID."""
-    if math.isnan(first) or math.isnan(second):
-        return Verdict(Outcome.INVALID)
-    if first == second:
-        return Verdict(Outcome.TIE, 0.5)
-    return Verdict(Outcome.PREFERENCE, 1.0 if first > second else 0.0)
-
-
-LINKS: Mapping[str, Callable[[float, float], Verdict]] = {"hard": hard_link}
+def _without_verdict(judgement: Judgement, *members: int) -> Fate:
+    """INVALID, or UNJUDGED where all that is missing was not asked for or declined."""
+    declined = judgement.declined
+    if declined is None:
+        return Fate.INVALID
+    if judgement.wins is not None:
+        return Fate.UNJUDGED if declined[members].all() else Fate.INVALID
+    missing = [member for member in members if math.isnan(judgement.scores[member])]
+    return Fate.UNJUDGED if all(declined[member] for member in missing) else Fate.INVALID

@@ -1,8 +1,10 @@
-"""A generator that does not lose work: mended when it dies or samples other weights than sent."""
+"""A worker that does not lose work: mended when it dies or holds other weights than were sent."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from pipeline.handles import Future, Handle, WorkerDied
 from workers.generator import SampledUnit, SampleRequest
@@ -11,7 +13,7 @@ from workers.weight_sync.buckets import Receipt, SyncError, WeightPush
 from workers.weight_sync.proof import Proof
 
 MENDS = 2
-"""What is tried before a run stops: a failed push is made again, then the generator restarted."""
+"""What is tried before a run stops: a failed push is made again, then the worker restarted."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,34 +43,48 @@ class Delivery:
 
 @dataclass(slots=True, eq=False)
 class Unit:
-    """A work unit's samples, on their way. ``attempt`` counts the times they were asked for."""
+    """A call's answer, on its way: a work unit's samples, or what a judge says of them.
+
+    ``attempt`` counts the times it was asked for, ``lives`` the workers that this replica had
+    before the one that was asked last.
+    """
 
     replica: Replica
-    request: SampleRequest
-    delivery: Delivery
+    issue: Callable[[], Future[Any]]
+    delivery: Delivery | None
     attempt: int = 0
-    sampled: bool = False
-    future: Future[SampledUnit] = field(init=False)
+    lives: int = 0
+    owed: bool = True
+    future: Future[Any] = field(init=False)
 
-    def result(self) -> SampledUnit:
-        """Wait for the samples and for the proof of their weights.
+    def result(self) -> Any:
+        """Wait for the answer and for the proof of the weights it rests on, if it does on any.
 
         A replica that died, or whose proof failed, is mended and asked again. Raises SyncError or
         WorkerDied where that does not help.
         """
-        return self.replica.sampled(self)
+        return self.replica.answered(self)
 
 
 class Replica:
-    """One generator and its journal: every call whose answer is still owed, in order.
+    """One generator, or judge worker, and its journal: every call still owed an answer, in order.
 
     Restarted, it is given the journal again: the weights first, so the same seeds draw from the
     same version, and no completion is lost or comes twice.
     """
 
-    def __init__(self, index: int, handle: Handle, probe_ids: IntArray, gap_limit: float) -> None:
-        self._index = index
+    def __init__(
+        self,
+        index: int,
+        handle: Handle,
+        probe_ids: IntArray,
+        gap_limit: float,
+        *,
+        kind: str = "generator",
+    ) -> None:
+        self._name = f"{kind} {index}"
         self._handle = handle
+        self.lives = 0
         self._probe_ids = probe_ids
         self._gap_limit = gap_limit
         self._journal: list[Delivery | Unit] = []
@@ -85,11 +101,29 @@ class Replica:
 
     def sample(self, request: SampleRequest) -> Unit:
         """Ask for samples by the weights that were pushed last; waits for nothing."""
-        last = next(entry for entry in reversed(self._journal) if isinstance(entry, Delivery))
-        unit = Unit(self, request, last)
+
+        def issue() -> Future[SampledUnit]:
+            return self._handle.submit("sample", replace(request, after_push=self._deliveries))
+
+        return self._ask(issue)
+
+    def call(self, method: str, *args: object) -> Unit:
+        """Call any other method; waits for nothing. It rests on the weights that were pushed."""
+        return self._ask(lambda: self._handle.submit(method, *args))
+
+    def _ask(self, issue: Callable[[], Future[Any]]) -> Unit:
+        deliveries = (e for e in reversed(self._journal) if isinstance(e, Delivery))
+        unit = Unit(self, issue, next(deliveries, None))
         self._journal.append(unit)
         self._issue(unit)
         return unit
+
+    def replace(self) -> None:
+        """Put another worker in the place of this one, and ask it for everything that is owed."""
+        self._handle.restart()
+        self.lives += 1
+        self._deliveries = 0
+        self._reissue()
 
     def rest(self) -> None:
         """Let it give an accelerator's memory back until its next call."""
@@ -101,16 +135,17 @@ class Replica:
         versions = [e.shipment.version for e in self._journal if isinstance(e, Delivery)]
         return min(versions, default=None)
 
-    def sampled(self, unit: Unit) -> SampledUnit:
-        """The samples of a unit of this replica's."""
+    def answered(self, unit: Unit) -> Any:
+        """The answer to a call of this replica's."""
         while True:
-            self.proved(unit.delivery)
+            if unit.delivery is not None:
+                self.proved(unit.delivery)
             try:
                 found = unit.future.result()
             except (SyncError, WorkerDied) as error:
                 self._mend(error)
             else:
-                unit.sampled = True
+                unit.owed = False
                 self._mends = 0
                 return found
 
@@ -129,8 +164,8 @@ class Replica:
         """Make an entry's calls."""
         if isinstance(entry, Unit):
             entry.attempt += 1
-            request = replace(entry.request, after_push=self._deliveries)
-            entry.future = self._handle.submit("sample", request)
+            entry.lives = self.lives
+            entry.future = entry.issue()
             return
         self._deliveries += 1
         shipment = entry.shipment
@@ -148,22 +183,25 @@ class Replica:
         died = isinstance(error, WorkerDied)
         if self._mends == MENDS:
             tried = f"restarted {MENDS} times" if died else "pushed again, then restarted"
-            said = str(error) if died else f"generator {self._index} {error}"
+            said = str(error) if died else f"{self._name} {error}"
             raise type(error)(f"{said} ({tried}, to no avail)") from error
         self._mends += 1
         if died or self._mends == MENDS:
-            self._handle.restart()
-            self._deliveries = 0
+            self.replace()
+        else:
+            self._reissue()
+
+    def _reissue(self) -> None:
         self._trim()
         for entry in self._journal:
             self._issue(entry)
 
     def _trim(self) -> None:
-        """Forget what nothing waits for: units sampled, deliveries proved of which none is owed.
+        """Forget what nothing waits for: units answered, deliveries proved of which none is owed.
 
-        The last delivery stays: a restarted generator needs its weights.
+        The last delivery stays: a restarted worker needs its weights.
         """
-        owed = [entry for entry in self._journal if isinstance(entry, Unit) and not entry.sampled]
+        owed = [entry for entry in self._journal if isinstance(entry, Unit) and entry.owed]
         sources = {id(unit.delivery) for unit in owed}
         deliveries = [entry for entry in self._journal if isinstance(entry, Delivery)]
         needed = {id(d) for d in deliveries if d.proof is None or id(d) in sources}

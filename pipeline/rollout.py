@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipeline.handles import Future, Handle
+from pipeline.handles import Future
+from pipeline.judging import Judges, Judging, LearnerJudging
 from pipeline.pairing import Pairing
 from pipeline.prompts import PromptStream
 from pipeline.replica import Replica, Unit
 from pipeline.resampling import RoundPlan
+from pipeline.selection import Selected, Selection
 from workers.generator import SampledUnit, SampleRequest
-from workers.judge_worker import JudgedUnit, refuse_invalid_rounds
 from workers.messages import Completion, Prompt, PromptGroup, Round
+from workers.verdicts import judging_record, refuse_invalid_rounds
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +50,11 @@ class _Unit:
     them again, and they are judged again.
     """
 
+    prompts: tuple[Prompt, ...]
     sampled: Unit
     attempt: int
-    judged: Future[JudgedUnit]
+    selected: Selected
+    judged: Judging | LearnerJudging
 
 
 class PendingRound:
@@ -76,10 +81,12 @@ class Rollout:
         self,
         prompts: PromptStream,
         replicas: Sequence[Replica],
-        judge: Handle,
+        judges: Judges,
+        selection: Selection,
         pairing: Pairing,
         *,
         judge_name: str,
+        second_judge: str | None,
         reference_shares: Sequence[float],
         unit_size: UnitSize,
         max_invalid_share: float,
@@ -89,9 +96,11 @@ class Rollout:
     ) -> None:
         self._prompts = prompts
         self._replicas = replicas
-        self._judge = judge
+        self._judges = judges
+        self._selection = selection
         self._pairing = pairing
         self._judge_name = judge_name
+        self._second_judge = second_judge
         self._reference_shares = tuple(reference_shares)
         self._unit_size = unit_size
         self._max_invalid_share = max_invalid_share
@@ -105,28 +114,38 @@ class Rollout:
         size = self._unit_size.of(len(prompts), len(self._reference_shares))
         requests = work_units(prompts, size, self._reference_shares, self._run_seed, "sampling")
         units: list[_Unit] = []
-        for sampled in submit_units(self._replicas, requests):
-            judged = self._judged(sampled, sampled.future)
-            units.append(_Unit(sampled, sampled.attempt, judged))
+        for request, sampled in zip(requests, submit_units(self._replicas, requests), strict=True):
+            selected = self._selection.of(request.prompts, sampled.future)
+            judged = self._judged(request.prompts, sampled.future, selected)
+            units.append(_Unit(request.prompts, sampled, sampled.attempt, selected, judged))
         return PendingRound(plan.index, version, units, self)
 
-    def _judged(self, unit: Unit, samples: Future[SampledUnit] | SampledUnit) -> Future[JudgedUnit]:
-        return self._judge.submit("judge", self._judge_name, unit.request.prompts, samples)
+    def _judged(
+        self,
+        prompts: Sequence[Prompt],
+        samples: Future[SampledUnit] | SampledUnit,
+        selected: Selected,
+    ) -> Judging | LearnerJudging:
+        second = self._second_judge
+        return self._judges.judge(self._judge_name, prompts, samples, selected, second)
 
     def assemble(self, index: int, version: int, units: Sequence[_Unit]) -> Round:
         """Pair what came back into a round."""
         groups: list[PromptGroup] = []
         generate = judge = 0.0
+        counts: Counter[str] = Counter()
         for unit in units:
             sampled = unit.sampled.result()
             judging = unit.judged
             if unit.attempt != unit.sampled.attempt:
-                judging = self._judged(unit.sampled, sampled)
+                judging.forget()
+                judging = self._judged(unit.prompts, sampled, unit.selected)
             judged = judging.result()
             generate += sampled.seconds
             judge += judged.seconds
+            counts.update(judged.counts)
             for prompt, completions, judgement in zip(
-                unit.sampled.request.prompts, sampled.completions, judged.judgements, strict=True
+                unit.prompts, sampled.completions, judged.judgements, strict=True
             ):
                 self._check_versions(index, version, completions)
                 judged_prompt = (prompt, completions, judgement)
@@ -139,9 +158,10 @@ class Rollout:
         refuse_invalid_rounds(groups, self._max_invalid_share, self._judge_name)
         seconds = {
             "generate": generate / len(self._replicas),
-            "judge": judge,
+            "judge": judge / len(self._judges.replicas),
         }
-        return Round(index, version, tuple(groups), self._judge_name, seconds)
+        record = judging_record(counts, groups)
+        return Round(index, version, tuple(groups), self._judge_name, seconds, judging=record)
 
     def _check_versions(self, index: int, version: int, completions: Sequence[Completion]) -> None:
         """Raises RuntimeError where a completion is of another version than its round allows."""

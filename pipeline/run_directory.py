@@ -36,11 +36,16 @@ def create_run_directory(cfg: Config, threads: dict[str, int]) -> Path:
     """Make the directory with its config.yaml; raises UserError where one is already there."""
     refuse_existing_run(cfg.run_dir)
     cfg.run_dir.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump(cfg.model_dump() | {"environment": environment(threads)}, sort_keys=False)
+    write_run_config(cfg, environment(threads))
+    return cfg.run_dir
+
+
+def write_run_config(cfg: Config, recorded: dict[str, Any]) -> None:
+    """Write the config with the environment that the run was started in, whole or not at all."""
+    text = yaml.safe_dump(cfg.model_dump() | {"environment": recorded}, sort_keys=False)
     partial = cfg.run_dir / PARTIAL_CONFIG
     partial.write_text(text)
     os.replace(partial, cfg.run_dir / CONFIG_FILE)
-    return cfg.run_dir
 
 
 def read_run_config(run_dir: Path, overrides: Sequence[str] = ()) -> tuple[Config, dict[str, Any]]:

@@ -8,18 +8,25 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
+from judges.budget import BudgetSpent
+
 
 class Stopped(Exception):  # noqa: N818 (not an error: the run was asked to end)
-    """A run that ended on purpose and can be resumed from ``run_dir`` (exit code 3)."""
+    """A run that ended on purpose and can be resumed from ``run_dir`` (exit code 3).
 
-    def __init__(self, where: str, run_dir: Path) -> None:
+    ``changed`` is what to change for it to go on, as ``key=value``.
+    """
+
+    def __init__(self, where: str, run_dir: Path, changed: str = "") -> None:
         super().__init__(f"stopped {where}")
         self.run_dir = run_dir
+        self.changed = changed
 
 
 class Stop:
     """A request to stop. Inside ``with``, the first SIGINT or SIGTERM makes it; a second one
-    interrupts at once, and the run resumes from its last checkpoint instead."""
+    interrupts at once, and the run resumes from its last checkpoint instead; so it does where the
+    judge's budget is spent."""
 
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir
@@ -45,6 +52,8 @@ class Stop:
         trace: TracebackType | None,
     ) -> None:
         self._restore()
+        if isinstance(error, BudgetSpent):
+            raise Stopped(f"({error})", self._run_dir, f"judge.budget.{error.limit}=…") from error
         if kind is KeyboardInterrupt:
             raise Stopped("at once, to go on from the last checkpoint", self._run_dir) from error
 

@@ -59,6 +59,7 @@ ROUND_KEYS = (
     "repetition_rate",
     "logprob_gap",
     "gap_weight",
+    "judging",
     "seconds",
     "tokens_per_second",
 )

@@ -117,7 +117,7 @@ def test_overrides_reach_any_key(file):
     assert cfg.learner.learning_rate == 1e-5
     assert cfg.resampling.updates_per_round == math.inf
     assert cfg.run.seed == 7
-    assert cfg.evaluation.judges == ["polarity", "sentiment"]
+    assert [judge.name for judge in cfg.evaluation.judges] == ["polarity", "sentiment"]
     assert cfg.evaluation.prompts is not None
     assert cfg.evaluation.prompts.split == "heldout"
     assert cfg.judge.args == {"a": {"b": 1e-3, "d": None}, "c": "1e-3"}
@@ -165,7 +165,7 @@ def test_files_are_found_beside_the_config_or_in_the_cwd_and_become_absolute(
     assert cfg.judge.name == f"{tmp_path}/judge.py:score"
     assert cfg.pairing.strategy == f"{elsewhere}/rules.py:pairs"
     assert cfg.objective.name == f"{tmp_path}/judge.py:loss"
-    assert cfg.evaluation.judges == [
+    assert [judge.name for judge in cfg.evaluation.judges] == [
         "polarity",
         f"{tmp_path}/judge.py:other",
         "installed.module:fn",
@@ -213,7 +213,7 @@ def test_a_recorded_config_takes_overrides_and_may_have_moved(file, tmp_path):
     (tmp_path / "run").rename(tmp_path / "moved")
     cfg, _ = read_run_config(tmp_path / "moved", ["evaluation.judges=[polarity]", "run.updates=3"])
     assert cfg.run_dir == tmp_path / "moved"
-    assert cfg.evaluation.judges == ["polarity"]
+    assert [judge.name for judge in cfg.evaluation.judges] == ["polarity"]
     assert cfg.run.updates == 3
     assert cfg.run.name == "mine"
 
@@ -308,7 +308,7 @@ def test_a_wrong_value_is_told_with_what_it_must_be(file, override, said):
         ("prompts=", "prompts=null: must be a mapping of keys to values"),
         ("prompts={}", "prompts: give either path or mixture"),
         ("prompts={mixture: [{path: a, weight: 0}]}", "prompts.mixture[0].weight=0: must be gre"),
-        ("evaluation.judges=[x, 1]", "evaluation.judges[1]=1: must be text "),
+        ("evaluation.judges=[x, 1]", "evaluation.judges[1]=1: must be a mapping "),
         ("policy.lora=true", "policy.lora=true: must be a mapping of keys to values — null: "),
         ("policy.lora.target_modules=[1]", "policy.lora.target_modules[0]=1: must be text "),
         ("sampling.stop_tokens=[true]", "sampling.stop_tokens[0]=true: must be a whole number or "),
@@ -328,7 +328,7 @@ def test_a_wrong_value_is_told_with_what_it_must_be(file, override, said):
         ("resampling.early={ess_below: 1}", "resampling.early.ess_below=1: must be null — Not b"),
         # A long value is cut, a broken one is joined: a mistake has one line.
         (f"run.name=[{60 * 'x'}]", f"run.name=['{55 * 'x'}…: must be text "),
-        ('judge.link="a\\nb"', "judge.link=a b: must be 'hard' — "),
+        ('judge.link="a\\nb"', "judge.link=a b: must be 'hard', 'bradley_terry' or "),
     ],
 )
 def test_a_wrong_value_is_shown_as_in_yaml(file, override, said):
@@ -377,7 +377,7 @@ def test_a_plugin_file_that_is_not_there(file, tmp_path, monkeypatch):
     for key in ("judge.name", "objective.name", "pairing.strategy"):
         said = f"{key}=no.py:f: no file no.py in {tmp_path} or {tmp_path}/cwd: "
         assert refused(file, f"{key}=no.py:f").startswith(said)
-    said = f"evaluation.judges=no.py:f: no file no.py in {tmp_path} or {tmp_path}/cwd: "
+    said = f"evaluation.judges[1].name=no.py:f: no file no.py in {tmp_path} or {tmp_path}/cwd: "
     assert refused(file, "evaluation.judges=[polarity, no.py:f]").startswith(said)
 
 

@@ -197,7 +197,14 @@ def test_pairs_are_counted_by_fate() -> None:
     fates = [Fate.LEARN, Fate.TIE, Fate.LEARN, Fate.TIE, Fate.TRUNCATED, Fate.LEARN]
     measures = Drift().of(round_of(TWO, fates=fates))
     assert (measures["prompts"], measures["completions"], measures["pairs"]) == (1, 2, 3)
-    dropped = {"tie": 2, "invalid": 0, "identical": 0, "margin": 0, "truncated": 1}
+    dropped = {
+        "tie": 2,
+        "invalid": 0,
+        "unjudged": 0,
+        "identical": 0,
+        "margin": 0,
+        "truncated": 1,
+    }
     assert measures["dropped"] == dropped
 
 

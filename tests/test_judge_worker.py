@@ -10,9 +10,12 @@ from pydantic import ValidationError
 
 from judges.errors import UserError
 from judges.lexicon import sentiment
+from judges.options import JudgeOptions
+from tests.judge_helpers import worker_of
 from workers.generator import SampledUnit
-from workers.judge_worker import JudgeFailed, JudgeOptions, JudgeWorker, refuse_invalid_rounds
+from workers.judge_worker import JudgeWorker
 from workers.messages import Completion, Judgement, Prompt, PromptGroup
+from workers.verdicts import JudgeFailed, refuse_invalid_rounds
 
 NAN = float("nan")
 
@@ -46,7 +49,7 @@ def worker(tmp_path):
     def build(source: str, **args) -> JudgeWorker:
         path = tmp_path / "mine.py"
         path.write_text(textwrap.dedent(source))
-        return JudgeWorker(JudgeOptions(name=f"{path}:judge", args=args))
+        return worker_of(name=f"{path}:judge", args=args)
 
     return build
 
@@ -58,7 +61,7 @@ def judge(built, *texts: str, **columns) -> Judgement:
 
 def test_default_judge_is_sentiment():
     texts = ("I love it", "I hate it")
-    judgement = judge(JudgeWorker(JudgeOptions()), *texts)
+    judgement = judge(worker_of(), *texts)
     assert judgement.scores.tolist() == sentiment(prompts=[], completions=texts)
     assert judgement.scores[0] > 0 > judgement.scores[1]
     assert judgement.reasons == (None, None)
@@ -245,10 +248,10 @@ def test_a_failed_call_makes_every_element_invalid(worker, returned, reason):
 
 
 def test_an_async_judge_that_raises(worker):
-    built = worker("async def judge(completions, **kwargs):\n    raise TimeoutError('30 s')\n")
+    built = worker("async def judge(completions, **kwargs):\n    raise RuntimeError('30 s')\n")
     judgement = judge(built, "a", "b")
     assert np.isnan(judgement.scores).all()
-    assert judgement.reasons == ("TimeoutError: 30 s",) * 2
+    assert judgement.reasons == ("RuntimeError: 30 s",) * 2
 
 
 def test_a_missing_column_is_the_users_mistake(worker):

@@ -20,7 +20,7 @@ from pipeline.learner import RemoteLearner
 from pipeline.ledger import Ledger
 from pipeline.stopping import Stopped
 from tests import tiny
-from workers.judge_worker import JudgeFailed
+from workers.verdicts import JudgeFailed
 from workers.messages import Fate
 
 

@@ -13,7 +13,8 @@ from pydantic import ValidationError
 
 from judges.errors import UserError
 from judges.interface import Outcome, Verdict
-from pipeline.pairing import Pairing, PairingOptions, hard_link
+from judges.links import hard as hard_link
+from pipeline.pairing import Pairing, PairingOptions
 from workers.messages import Completion, Fate, Judgement, Pair, Prompt
 
 NAN = float("nan")

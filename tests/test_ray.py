@@ -22,7 +22,7 @@ from pipeline.launch.crew import CrewPlan, WorkerPlan, plan_crew
 from pipeline.launch.ray import refuse_missing_gpus, refuse_too_few_cores
 from tests import tiny
 from workers.generator import SampleRequest
-from workers.judge_worker import JudgeFailed
+from workers.verdicts import JudgeFailed
 from workers.weight_sync.buckets import Receipt, WeightPush
 
 

@@ -172,6 +172,7 @@ class SampleRequest:
     ``reference_shares`` has the μ of each sample: it is drawn from π^(1−μ)·π_ref^μ, normalised
     token by token (0 is the policy, 1 the reference); empty is the policy for every sample.
     ``after_push`` counts the pushes that the generator must have settled before it begins.
+    ``sampling`` says how to draw where it is not as the generator was told to.
     """
 
     prompts: tuple[Prompt, ...]
@@ -180,6 +181,7 @@ class SampleRequest:
     purpose: str
     reference_shares: tuple[float, ...] = ()
     after_push: int = 0
+    sampling: SamplingOptions | None = None
 
     def seed(self, prompt: Prompt, sample: int) -> int:
         """Of one sample: of what it is for and nothing else."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
@@ -15,6 +16,7 @@ from judges.interface import Text
 IntArray: TypeAlias = npt.NDArray[np.int64]
 FloatArray: TypeAlias = npt.NDArray[np.float32]
 DoubleArray: TypeAlias = npt.NDArray[np.float64]
+BoolArray: TypeAlias = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -87,13 +89,24 @@ class Judgement:
 
     ``scores`` [n] (higher is better; NaN is INVALID) and ``reasons``, one each. A comparing judge
     also fills ``wins`` [n, n]: P(i better than j), 0.5 a tie, NaN INVALID; its scores are then the
-    mean win probabilities.
+    mean win probabilities. ``declined``, of the shape of wins, else of scores, tells where a NaN is
+    no failure: nobody asked, or the judge declined; None: nowhere.
     """
 
     position: int
     scores: DoubleArray
     reasons: tuple[str | None, ...]
     wins: DoubleArray | None = None
+    declined: BoolArray | None = None
+
+    def preferences(self) -> list[int]:
+        """Of each pair i < j: 1 where i is preferred, −1 where j is, 0 where neither."""
+        pairs = itertools.combinations(range(len(self.scores)), 2)
+        if self.wins is not None:
+            margins = [self.wins[i, j] - 0.5 for i, j in pairs]
+        else:
+            margins = [self.scores[i] - self.scores[j] for i, j in pairs]
+        return [0 if np.isnan(margin) else int(np.sign(margin)) for margin in margins]
 
 
 class Fate(enum.Enum):
@@ -102,6 +115,7 @@ class Fate(enum.Enum):
     LEARN = "learn"
     TIE = "tie"
     INVALID = "invalid"
+    UNJUDGED = "unjudged"
     IDENTICAL = "identical"
     MARGIN = "margin"
     TRUNCATED = "truncated"
@@ -145,7 +159,8 @@ class Round:
 
     ``logprob_gap`` is the generators' distance from the learner when their weights were proved;
     ``reference_version`` that of the reference which scored it, None before or without. ``seconds``
-    are wall-clock by stage: the only part of a round that differs between reruns.
+    are wall-clock by stage: the only part of a round that differs between reruns. ``judging`` says
+    how the judge was asked and what came of it.
     """
 
     index: int
@@ -155,6 +170,7 @@ class Round:
     seconds: Mapping[str, float]
     logprob_gap: float | None = None
     reference_version: int | None = None
+    judging: Mapping[str, float | None] = field(default_factory=dict)
 
     @property
     def versions(self) -> list[int]:

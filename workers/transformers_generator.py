@@ -110,9 +110,11 @@ class TransformersGenerator:
             for prompt in request.prompts
             for sample, share in enumerate(shares)
         ]
+        sampling = request.sampling or self._sampling
         for share in sorted(set(shares)):
-            self._decode(request.prompts, [row for row in rows if row.share == share], share)
-        done = [self._completion(row) for row in rows]
+            of_share = [row for row in rows if row.share == share]
+            self._decode(request.prompts, of_share, share, sampling)
+        done = [self._completion(row, sampling) for row in rows]
         return request.answer(done, time.perf_counter() - began)
 
     def _shares(self, request: SampleRequest) -> tuple[float, ...]:
@@ -135,10 +137,11 @@ class TransformersGenerator:
                 )
         return shares
 
-    def _decode(self, prompts: Sequence[Prompt], rows: list[_Row], share: float) -> None:
+    def _decode(
+        self, prompts: Sequence[Prompt], rows: list[_Row], share: float, options: SamplingOptions
+    ) -> None:
         """Grow the completions of one share: each prompt's in turn, as many for every prompt."""
-        limit = self._sampling.max_new_tokens
-        options = self._sampling
+        limit = options.max_new_tokens
         uniforms = torch.from_numpy(
             np.stack([request_uniforms(row.seed, limit) for row in rows], axis=1)
         )
@@ -181,7 +184,7 @@ class TransformersGenerator:
         text = completion_text(self._tokenizer, row.prompt.ids, row.ids)
         return any(string in text for string in self._endings.strings)
 
-    def _completion(self, row: _Row) -> Completion:
+    def _completion(self, row: _Row, options: SamplingOptions) -> Completion:
         logprobs = np.array(row.logprobs, np.float32)
         sampling = np.array(row.sampling_logprobs, np.float32)
         return Completion(
@@ -191,11 +194,20 @@ class TransformersGenerator:
             version=self.version,
             ids=np.array(row.ids, np.int64),
             logprobs=logprobs,
-            sampling_logprobs=sampling if self._sampling.reshapes or row.share > 0.0 else None,
+            sampling_logprobs=sampling if options.reshapes or row.share > 0.0 else None,
             finished=row.finished,
             text=completion_text(self._tokenizer, row.prompt.ids, row.ids),
             reference_share=row.share,
         )
+
+    @torch.inference_mode()
+    def next_tokens(self, prompts: Sequence[IntArray], top: int) -> list[dict[int, float]]:
+        """The ``top`` most likely next tokens of each prompt and their log-probabilities, nats."""
+        self._standing.check()
+        logits = _CachedForward(self._model, list(prompts), 1).prefill()
+        best = torch.log_softmax(logits.float(), -1).topk(min(top, logits.shape[-1]))
+        rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        return [dict(zip(ids, logprobs, strict=True)) for ids, logprobs in rows]
 
     @torch.inference_mode()
     def probe(self, prompt_ids: IntArray, new_tokens: int) -> Completion:

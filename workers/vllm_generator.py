@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -151,6 +151,25 @@ class VllmGenerator:
             self._wake()
             return self._probe(prompt_ids, new_tokens)
 
+    def next_tokens(self, prompts: Sequence[IntArray], top: int) -> list[dict[int, float]]:
+        """The ``top`` most likely next tokens of each prompt and their log-probabilities, nats."""
+        self._standing.check()
+        names = [next(self._names) for _ in prompts]
+        found = []
+        with self._gate.step():
+            self._wake()
+            for name, ids in zip(names, prompts, strict=True):
+                self._add(
+                    name, ids, temperature=0.0, max_tokens=1, logprobs=top, flat_logprobs=False
+                )
+            while any(name not in self._finished for name in names):
+                self._step()
+        for name in names:
+            [position] = self._finished.pop(name).logprobs
+            ranked = sorted(position.items(), key=lambda item: -item[1].logprob)
+            found.append({token: entry.logprob for token, entry in ranked[:top]})
+        return found
+
     def _probe(self, prompt_ids: IntArray, new_tokens: int) -> Completion:
         name = next(self._names)
         with self._others_parked():
@@ -198,7 +217,7 @@ class VllmGenerator:
             with self._gate.step():
                 self._wake()
                 for row in rows:
-                    self._add_row(row)
+                    self._add_row(row, request.sampling or self._sampling)
             while any(row.request_id not in self._finished for row in rows):
                 with self._gate.step():
                     self._standing.check(refuted)
@@ -221,8 +240,7 @@ class VllmGenerator:
                 self._settled.wait_for(lambda: self._pushes >= pushes)
         self._standing.check()
 
-    def _add_row(self, row: _Row) -> None:
-        options = self._sampling
+    def _add_row(self, row: _Row, options: SamplingOptions) -> None:
         self._add(
             row.request_id,
             row.prompt.ids,

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from judges.options import AskOptions
 from pipeline.config import Config
 from pipeline.handles import Handle
-from workers.judge_worker import JudgeOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +33,12 @@ class CrewPlan:
     """Every worker of a run."""
 
     generators: tuple[WorkerPlan, ...]
-    judge: WorkerPlan
+    judges: tuple[WorkerPlan, ...]
     learner: WorkerPlan
 
     @property
     def workers(self) -> tuple[WorkerPlan, ...]:
-        return (self.learner, *self.generators, self.judge)
+        return (self.learner, *self.generators, *self.judges)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +46,14 @@ class Crew:
     """The workers of a run, started."""
 
     generators: tuple[Handle, ...]
-    judge: Handle
+    judges: tuple[Handle, ...]
     learner: Handle
 
 
 def plan_crew(cfg: Config, generator_threads: int, learner_threads: int) -> CrewPlan:
     """The workers a config asks for.
 
-    The judge shares a core: it works while others wait; so does the learner of a synchronous run.
+    Judges share a core: they work while others wait; so does the learner of a synchronous run.
     """
     overlapping = cfg.resampling.rounds_in_flight > 0
 
@@ -86,9 +86,15 @@ def plan_crew(cfg: Config, generator_threads: int, learner_threads: int) -> Crew
         )
 
     def judge() -> Any:
-        from workers.judge_worker import JudgePanel
+        from workers.judge_clients import build_panel
 
-        return JudgePanel(judges_of(cfg))
+        return build_panel(
+            judges_of(cfg),
+            folder=cfg.run_dir,
+            replicas=cfg.judge.replicas,
+            policy=cfg.policy,
+            generator=cfg.generator.model_copy(update={"backend": backend, "gpus": cfg.judge.gpus}),
+        )
 
     return CrewPlan(
         generators=tuple(
@@ -102,12 +108,17 @@ def plan_crew(cfg: Config, generator_threads: int, learner_threads: int) -> Crew
             )
             for i in range(cfg.generator.replicas)
         ),
-        judge=WorkerPlan("judge", judge, 1, 0),
+        judges=tuple(
+            WorkerPlan(f"judge {i}", judge, cfg.judge.threads, cpus=0, gpus=cfg.judge.gpus)
+            for i in range(cfg.judge.replicas)
+        ),
         learner=WorkerPlan("learner", learner, learner_threads, int(overlapping), cfg.learner.gpus),
     )
 
 
-def judges_of(cfg: Config) -> Mapping[str, JudgeOptions]:
-    """The training judge and the judges of evaluation, by name."""
-    others = {name: JudgeOptions(name=name) for name in cfg.evaluation.judges}
-    return others | {cfg.judge.name: cfg.judge}
+def judges_of(cfg: Config) -> Mapping[str, AskOptions]:
+    """Every judge that is asked, by title: the training judge and those beside it."""
+    judge = cfg.judge
+    second = [] if judge.second is None else [judge.second]
+    others = [*cfg.evaluation.judges, *judge.select_by, *second]
+    return {other.title: other for other in others} | {judge.title: judge}

@@ -68,6 +68,6 @@ def inline_crew(plan: CrewPlan) -> Iterator[Crew]:
     """Build the workers here."""
     yield Crew(
         generators=tuple(InlineHandle(generator) for generator in plan.generators),
-        judge=InlineHandle(plan.judge),
+        judges=tuple(InlineHandle(judge) for judge in plan.judges),
         learner=InlineHandle(plan.learner),
     )

@@ -116,7 +116,7 @@ def ray_crew(plan: CrewPlan) -> Iterator[Crew]:
             handle.ready()
         yield Crew(
             generators=tuple(handles[worker.name] for worker in plan.generators),
-            judge=handles[plan.judge.name],
+            judges=tuple(handles[worker.name] for worker in plan.judges),
             learner=handles[plan.learner.name],
         )
     finally:
@@ -139,10 +139,12 @@ def refuse_missing_gpus(plan: CrewPlan, gpus: float) -> None:
     """Raises UserError when the workers set aside more GPUs than there are."""
     wanted = sum(worker.gpus for worker in plan.workers)
     if wanted > gpus:
-        each = plan.generators[0].gpus
+        each, judges = plan.generators[0].gpus, plan.judges[0].gpus * len(plan.judges)
+        judging = f", judge.gpus={plan.judges[0].gpus:g}" if judges else ""
         raise UserError(
             f"generator.gpus={each:g}, generator.replicas={len(plan.generators)}, learner.gpus="
-            f"{plan.learner.gpus:g}: they need {wanted:g} GPUs, this machine has {gpus:g}; give "
+            f"{plan.learner.gpus:g}{judging}: they need {wanted:g} GPUs, this machine has "
+            f"{gpus:g}; give "
             "them less (fractions of generator.gpus share one), or 0 to run on the CPU"
         )
 

@@ -7,9 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from judges.errors import UserError
+from workers.generator import SampledUnit
+from workers.judge_worker import JudgedUnit, largest
+from workers.learner.implicit_reward import implicit_rewards
 from workers.learner.logprobs import CompletionScorer, score_batch
 from workers.learner.loss import BatchLoss
 from workers.learner.options import LearnerOptions, ReferenceOptions, learning_rate
@@ -18,8 +22,11 @@ from workers.learner.reference import Reference
 from workers.learner.statistics import update_measures
 from workers.messages import (
     Completion,
+    DoubleArray,
     FloatArray,
     IntArray,
+    Judgement,
+    Prompt,
     UpdateBatch,
     probe_completion,
 )
@@ -129,6 +136,37 @@ class Learner:
     def score_policy(self, batch: UpdateBatch) -> list[FloatArray]:
         """The current policy's log-probabilities of every completion, [tokens] each."""
         return score_batch(self._score_policy, batch, self._options.tokens_per_micro_batch)
+
+    def implicit_reward(
+        self, prompts: Sequence[Prompt], sampled: SampledUnit, beta: float
+    ) -> JudgedUnit:
+        """β (log π − log π_ref) of every completion, by the policy as it is now.
+
+        Raises ValueError where there is no reference.
+        """
+        began = time.perf_counter()
+        judgements = tuple(
+            Judgement(prompt.position, beta * rewards, (None,) * len(rewards))
+            for prompt, rewards in zip(prompts, self._log_ratios(prompts, sampled), strict=True)
+        )
+        asked = sum(len(group) for group in sampled.completions)
+        return JudgedUnit(judgements, time.perf_counter() - began, {"asked": asked})
+
+    def least_sure(
+        self, prompts: Sequence[Prompt], sampled: SampledUnit, count: int
+    ) -> frozenset[int]:
+        """The ``count`` prompts (indices) whose best and worst implicit reward differ least."""
+        ratios = self._log_ratios(prompts, sampled)
+        return largest([-float(np.ptp(of_prompt)) for of_prompt in ratios], count)
+
+    def _log_ratios(self, prompts: Sequence[Prompt], sampled: SampledUnit) -> list[DoubleArray]:
+        if self._reference is None:
+            raise ValueError("an implicit reward needs a reference")
+
+        def reference(batch: UpdateBatch) -> list[FloatArray | None]:
+            return self.score_reference([batch])[0]
+
+        return implicit_rewards(prompts, sampled, self.score_policy, reference)
 
     def update(self, batch: UpdateBatch) -> dict[str, Any]:
         """One optimizer step on the mean loss of the batch's examples; version += 1.

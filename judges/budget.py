@@ -1,0 +1,126 @@
+"""What a run may spend on its judge, and what it has spent: kept on disk, shared by actors."""
+
+from __future__ import annotations
+
+import functools
+import sqlite3
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from judges.cache import connect, transaction
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS spent (
+    judge TEXT PRIMARY KEY,
+    labels INTEGER NOT NULL,
+    tokens INTEGER NOT NULL,
+    usd REAL NOT NULL
+)
+"""
+
+
+class BudgetSpent(Exception):  # noqa: N818 (not an error: the run was told to stop there)
+    """Asking on would exceed ``judge.budget.<limit>``; the message says what was spent."""
+
+    def __init__(self, limit: str, value: float, spent: str) -> None:
+        super().__init__(limit, value, spent)
+        self.limit = limit
+        self._told = f"judge.budget.{limit}={value:g}: {spent}"
+
+    def __str__(self) -> str:
+        return self._told
+
+
+class BudgetOptions(BaseModel):
+    """Where a run stops (exit 3, resumable): before its judge has cost more."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    labels: int | None = Field(
+        default=None, ge=1, description="Scores or comparisons asked for; cached ones are free"
+    )
+    tokens: int | None = Field(
+        default=None, ge=1, description="Tokens read and written by a judge that is asked over HTTP"
+    )
+    usd: float | None = Field(
+        default=None, gt=0, description="Dollars, by the prices in judge.client"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """What a judge has cost so far."""
+
+    labels: int = 0
+    tokens: int = 0
+    usd: float = 0.0
+
+
+class Account:
+    """Counts what one judge of a run costs, and refuses what its budget does not allow."""
+
+    def __init__(self, path: Path, judge: str, budget: BudgetOptions) -> None:
+        """Touches nothing: the file is made when something is spent."""
+        self._path = path
+        self._judge = judge
+        self._budget = budget
+        self._lock = threading.Lock()
+
+    @functools.cached_property
+    def _connection(self) -> sqlite3.Connection:
+        return connect(self._path, _SCHEMA)
+
+    def spent(self) -> Spent:
+        """So far, by every process."""
+        with self._lock:
+            return self._read()
+
+    def order(self, labels: int) -> None:
+        """Set aside so many labels. Raises BudgetSpent where fewer are left; then none are."""
+        with self._lock, transaction(self._connection):
+            spent = self._read()
+            limit = self._budget.labels
+            if limit is not None and spent.labels + labels > limit:
+                raise BudgetSpent(
+                    "labels", limit, f"{spent.labels} are spent, and {labels} more are asked for"
+                )
+            self._refuse_spent(spent)
+            self._write(Spent(spent.labels + labels, spent.tokens, spent.usd))
+
+    def give_back(self, labels: int) -> None:
+        """Labels that were ordered and not had: their questions failed."""
+        with self._lock, transaction(self._connection):
+            spent = self._read()
+            self._write(Spent(spent.labels - labels, spent.tokens, spent.usd))
+
+    def check(self) -> None:
+        """Raise BudgetSpent where tokens or money are used up."""
+        self._refuse_spent(self.spent())
+
+    def charge(self, tokens: int, usd: float) -> None:
+        """Count what a request has cost."""
+        with self._lock, transaction(self._connection):
+            spent = self._read()
+            self._write(Spent(spent.labels, spent.tokens + tokens, spent.usd + usd))
+
+    def _refuse_spent(self, spent: Spent) -> None:
+        tokens, usd = self._budget.tokens, self._budget.usd
+        if tokens is not None and spent.tokens >= tokens:
+            raise BudgetSpent("tokens", tokens, f"{spent.tokens} are spent")
+        if usd is not None and spent.usd >= usd:
+            raise BudgetSpent("usd", usd, f"{spent.usd:.4f} are spent")
+
+    def _read(self) -> Spent:
+        row = self._connection.execute(
+            "SELECT labels, tokens, usd FROM spent WHERE judge = ?", (self._judge,)
+        ).fetchone()
+        return Spent() if row is None else Spent(*row)
+
+    def _write(self, spent: Spent) -> None:
+        self._connection.execute(
+            "INSERT OR REPLACE INTO spent VALUES (?, ?, ?, ?)",
+            (self._judge, spent.labels, spent.tokens, spent.usd),
+        )

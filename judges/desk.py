@@ -1,0 +1,102 @@
+"""Where a process's judges are built: what they share, and what each is handed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from judges.asking import Asker
+from judges.budget import Account, BudgetOptions
+from judges.build import build_judge
+from judges.cache import Cache
+from judges.calls import Calls
+from judges.completing import Complete
+from judges.errors import UserError
+from judges.functions import Functions
+from judges.kept_replies import KeptReplies
+from judges.model_clients import ClientOptions, PolicyClientOptions
+from judges.options import AUTO, OFF, AskOptions
+
+OVER_HTTP = frozenset({"calls", "complete"})
+"""What a judge takes that asks elsewhere: it keeps limits itself, and its answers are kept."""
+
+BuildClient: TypeAlias = Callable[[ClientOptions, Calls, Account | None], Complete]
+
+
+@dataclass(slots=True)
+class Desk:
+    """Builds judges, each once a process.
+
+    ``folder`` is where they keep what they must (the run's directory; None: nowhere), ``replicas``
+    how many processes share their limits, ``build_client`` makes what an AI judge asks.
+    """
+
+    build_client: BuildClient
+    folder: Path | None = None
+    replicas: int = 1
+    functions: Functions = field(default_factory=Functions)
+
+    def asker(
+        self, options: AskOptions, *, key: str = "judge.name", budget: BudgetOptions | None = None
+    ) -> Asker:
+        """A judge and everything around it. Raises UserError where ``build_judge`` does."""
+        section = key.rpartition(".")[0]
+        counts: Counter[str] = Counter()
+        calls = Calls(options.limits(over_http=True).shared_by(self.replicas), counts)
+        account = self._account(options, budget)
+
+        def complete() -> Complete:
+            if options.client is None:
+                raise UserError(
+                    f"{section}.client: {options.name} asks a model: name it, for example "
+                    "{kind: openai, model: gpt-5-mini} or {kind: transformers, model: DIRECTORY}"
+                )
+            client = self.build_client(options.client, calls, account)
+            cache = self._cache(options, True, budget)
+            if cache is None:
+                return client
+            return KeptReplies(client, cache, options.client.model_dump())
+
+        offered: Mapping[str, Callable[[], Any]] = {
+            "calls": lambda: calls,
+            "complete": complete,
+            "store": lambda: str((self.folder or Path()) / f"{options.name}.sqlite"),
+            "ask_member": lambda: self.asker,
+        }
+        judge = build_judge(options.name, options.args, key=key, offered=offered)
+        if options.client is not None:
+            if "complete" not in judge.took:
+                raise UserError(f"{section}.client: {options.name} asks no model: leave it out")
+            model = options.client.model_dump()
+            judge = replace(judge, identity=(*judge.identity, model))
+        asks_itself = bool(judge.took & (OVER_HTTP | {"ask_member"}))
+        own = options.limits(over_http=False).shared_by(self.replicas)
+        return Asker(
+            judge,
+            batch_size=options.batch_size,
+            limits=None if asks_itself else own,
+            functions=self.functions,
+            cache=self._cache(options, bool(judge.took & OVER_HTTP), budget),
+            account=account,
+            counts=counts,
+        )
+
+    def _cache(
+        self, options: AskOptions, over_http: bool, budget: BudgetOptions | None
+    ) -> Cache | None:
+        if options.cache not in (AUTO, OFF):
+            return Cache(Path(options.cache))
+        wanted = over_http or (budget is not None and budget.labels is not None)
+        changes = isinstance(options.client, PolicyClientOptions)
+        if options.cache == OFF or not wanted or changes or self.folder is None:
+            return None
+        return Cache(self.folder / "judge.sqlite")
+
+    def _account(self, options: AskOptions, budget: BudgetOptions | None) -> Account | None:
+        budget = budget or BudgetOptions()
+        if self.folder is None or (options.client is None and budget == BudgetOptions()):
+            return None
+        return Account(self.folder / "judge.sqlite", options.title, budget)

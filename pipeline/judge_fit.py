@@ -1,0 +1,101 @@
+"""Does a config's judge fit the rest of it? Each misfit is one line, before anything is started."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from judges.errors import UserError
+from judges.model_clients import PolicyClientOptions
+from judges.options import AskOptions, is_implicit
+from pipeline.handles import Handle
+from pipeline.resampling import Dial
+from pipeline.selection import Selection
+from workers.learner.objective_options import PdpoOptions
+
+if TYPE_CHECKING:
+    from pipeline.config import Config
+
+
+def check_judge(cfg: Config) -> None:
+    """Raises UserError where the judge and another section do not go together."""
+    judge, strategy = cfg.judge, cfg.pairing.strategy
+    if judge.link != "hard" and strategy in ("ranking", "threshold"):
+        raise UserError(
+            f"judge.link={judge.link}: pairing.strategy={strategy} goes by the scores themselves: "
+            "leave the link out"
+        )
+    _check_titles(cfg)
+    has_reference = cfg.objective.needs.reference or cfg.drift.reference
+    by_margin = judge.select == "uncertainty" and not judge.select_by
+    if not has_reference and (by_margin or is_implicit(judge)):
+        raise UserError(
+            f"drift.reference=false: {cfg.objective.name} needs no reference, but "
+            f"{'judge.select=uncertainty' if by_margin else 'the implicit reward'} does: set it to "
+            "true" + (", or name judges in judge.select_by" if by_margin else "")
+        )
+    whole = cfg.objective.needs.records == "sampled" or isinstance(cfg.objective, PdpoOptions)
+    if judge.select == "uncertainty" and whole:
+        raise UserError(
+            f"judge.select=uncertainty: {cfg.objective.name} takes an expectation over the "
+            "policy's samples, and picking some biases it: use random"
+        )
+    if isinstance(judge.client, PolicyClientOptions) and cfg.generator.in_flight_updates:
+        raise UserError(
+            "judge.client.kind=policy: with generator.in_flight_updates no version is a round's "
+            "own: set that to false"
+        )
+
+
+def _check_titles(cfg: Config) -> None:
+    """Two judges of one title must be the same judge."""
+    second = [] if cfg.judge.second is None else [cfg.judge.second]
+    titles: dict[str, tuple[object, ...]] = {cfg.judge.title: _asked(cfg.judge)}
+    for judge in [*second, *cfg.judge.select_by, *cfg.evaluation.judges]:
+        bare = not judge.model_fields_set - {"name"}
+        same = judge.title in titles and (bare or titles[judge.title] == _asked(judge))
+        if judge.title in titles and not same:
+            raise UserError(
+                f"evaluation.judges: {judge.title} stands for two judges: give one an alias"
+            )
+        titles.setdefault(judge.title, _asked(judge))
+
+
+def _asked(judge: AskOptions) -> tuple[object, ...]:
+    return (judge.name, judge.args, judge.client)
+
+
+def evaluating_judges(cfg: Config) -> list[str]:
+    """The titles of the judges that evaluate: the training judge, then the others."""
+    titles = [cfg.judge.title, *(judge.title for judge in cfg.evaluation.judges)]
+    return list(dict.fromkeys(titles))
+
+
+def selection_of(
+    cfg: Config, compares: Mapping[str, bool], held_out: int, learner: Handle
+) -> Selection:
+    """Which prompts are judged, so that ``judge.budget.labels`` lasts for the whole run.
+
+    ``compares`` tells of each judge's shape, ``held_out`` how many prompts it evaluates on. Raises
+    UserError where evaluation alone uses the budget up.
+    """
+    judge, n = cfg.judge, cfg.sampling.completions_per_prompt
+    dial = Dial(cfg.resampling, cfg.run.updates, cfg.sampling.prompts_per_update)
+    last = dial.plan(len(dial) - 1)
+    prompts = last.start + last.prompts
+    judged = prompts
+    if judge.select is not None and judge.budget.labels is not None:
+        pairwise = compares[judge.title]
+        every = cfg.evaluation.every
+        due = set(range(0, cfg.run.updates, every)) - {0} if every else set()
+        evaluations = len(due | {cfg.run.updates}) * held_out * (1 if pairwise else 2)
+        left = judge.budget.labels - evaluations
+        judged = left // (n * (n - 1) // 2 if pairwise else n)
+        if judged < 1:
+            raise UserError(
+                f"judge.budget.labels={judge.budget.labels}: evaluation takes {evaluations} of "
+                "them, and no prompt's worth is left to learn from: raise it, or evaluate on fewer "
+                "prompts (evaluation.count) or less often (evaluation.every)"
+            )
+    by = tuple(other.title for other in judge.select_by)
+    return Selection(judge.select, judged, prompts, by, learner, cfg.run.seed)

@@ -1,0 +1,244 @@
+"""Any judge over a file of completions or pairs, without training: ``freshpairs label``."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich.table import Table
+
+from judges.asking import Asker, Question, gathered
+from judges.errors import UserError
+from judges.interface import Outcome, Score, Text, Verdict
+from judges.links import bradley_terry, hard
+from judges.options import JudgeOptions, is_implicit
+from judges.plugins import nearest
+from pipeline.prompt_content import content_of
+from pipeline.prompt_files import Row, read_file
+from workers.verdicts import as_probability
+
+SIDES = (("chosen", "rejected"), ("first", "second"))
+"""Columns of a pair: those of a preference data set, or without saying which is better."""
+
+ASKED_TOGETHER = 256
+"""Rows that a judge is given at once: progress is shown, and kept, between them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """A file's rows: ``sides`` name the columns of a pair, none where a row is one completion."""
+
+    rows: list[Row]
+    sides: tuple[str, str] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """What a judge said of a file: the table as it was written, and what asking came to."""
+
+    table: pa.Table
+    counts: Counter[str]
+    sides: tuple[str, str] | None
+    seconds: float
+
+
+def label(
+    path: Path,
+    options: JudgeOptions,
+    out: Path,
+    *,
+    say: Callable[[str], object] = lambda line: None,
+) -> Labelled:
+    """Judge the rows of ``path`` (JSON lines, JSON, CSV, Parquet) and write them to ``out``.
+
+    A row has ``prompt`` and ``completion``, or ``prompt`` and two completions, ``chosen`` and
+    ``rejected`` or ``first`` and ``second``; its other columns are the judge's. A judge that scores
+    is asked about both completions of a pair. What a judge that is paid for has answered is kept in
+    ``OUT.judge/``: labelling that was stopped goes on from there. Raises UserError for a file or a
+    judge that will not do, BudgetSpent where its budget ends.
+    """
+    if out.suffix != ".parquet":
+        raise UserError(f"--out {out}: labels are written as Parquet: name a file .parquet")
+    if is_implicit(options):
+        raise UserError(
+            "judge.name=implicit_reward: without a run there is no policy in training: give "
+            "judge.args.policy and judge.args.reference"
+        )
+    from workers.judge_clients import build_desk
+
+    found = read_rows(path)
+    asker = build_desk(out.with_suffix(".judge")).asker(options, budget=options.budget)
+    if asker.judge.compares and found.sides is None:
+        raise UserError(
+            f"{path}: {options.name} compares, and these rows have one completion each: give it "
+            "pairs (prompt, first, second), or a judge that scores"
+        )
+    began = time.perf_counter()
+    columns = asyncio.run(_labels(asker, found, options, say))
+    table = _with_columns(found.rows, columns)
+    partial = out.with_name(out.name + ".tmp")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, partial)
+    os.replace(partial, out)
+    return Labelled(table, asker.counts, found.sides, time.perf_counter() - began)
+
+
+def read_rows(path: Path) -> Rows:
+    """The rows of a file of completions or pairs. Raises UserError where a row lacks its part."""
+    rows = [row for _, row in read_file(path, str(path))]
+    if not rows:
+        raise UserError(f"{path}: holds no rows; nothing to label")
+    names = list(rows[0])
+    sides = next((pair for pair in SIDES if set(pair) <= set(names)), None)
+    texts = sides or ("completion",)
+    for number, row in enumerate(rows, start=1):
+        for name in ("prompt", *texts):
+            try:
+                content_of(row.get(name), None)
+            except UserError as error:
+                raise UserError(
+                    f"{path} row {number}: {name}{nearest(name, names)}: {error}; a row has prompt "
+                    "and completion, or prompt and chosen, rejected (or first, second)"
+                ) from error
+    return Rows(rows, sides)
+
+
+async def _labels(
+    asker: Asker, found: Rows, options: JudgeOptions, say: Callable[[str], object]
+) -> dict[str, list[Any]]:
+    columns: dict[str, list[Any]] = {}
+    for start in range(0, len(found.rows), ASKED_TOGETHER):
+        part = Rows(found.rows[start : start + ASKED_TOGETHER], found.sides)
+        for name, values in (await _part(asker, part, options)).items():
+            columns.setdefault(name, []).extend(values)
+        say(f"{min(start + ASKED_TOGETHER, len(found.rows))} of {len(found.rows)} rows judged")
+    return columns
+
+
+async def _part(asker: Asker, part: Rows, options: JudgeOptions) -> dict[str, list[Any]]:
+    if part.sides is None:
+        scores = await asker.ask(_questions(part.rows, "completion"))
+        return {
+            "score": [score.value for score in scores],
+            "outcome": [_kind(score) or "valid" for score in scores],
+            "reason": [score.reason for score in scores],
+        }
+    if asker.judge.compares:
+        asked = await asker.ask(_questions(part.rows, *part.sides))
+        scores = [as_probability(score) for score in asked]
+        return _verdicts([_compared(score) for score in scores], scores)
+    first, second = await gathered(asker.ask(_questions(part.rows, side)) for side in part.sides)
+    pairs = list(zip(first, second, strict=True))
+    return {
+        f"score_{part.sides[0]}": [score.value for score in first],
+        f"score_{part.sides[1]}": [score.value for score in second],
+        **_verdicts([_linked(*pair, options) for pair in pairs], [_worse(*p) for p in pairs]),
+    }
+
+
+def _questions(rows: Sequence[Row], *sides: str) -> list[Question]:
+    held = {"prompt", "completion", *SIDES[0], *SIDES[1]}
+    return [
+        Question(
+            _text(row["prompt"]),
+            tuple(_text(row[side]) for side in sides),
+            {name: value for name, value in row.items() if name not in held},
+        )
+        for row in rows
+    ]
+
+
+def _text(value: Any) -> Text:
+    return content_of(value, None)
+
+
+def _compared(score: Score) -> Verdict:
+    if score.value is None:
+        return Verdict(Outcome.INVALID)
+    return Verdict.from_probability(score.value)
+
+
+def _linked(first: Score, second: Score, options: JudgeOptions) -> Verdict:
+    """A draw would differ from run to run: the sampled link's probability is told instead."""
+    one, other = (np.nan if score.value is None else score.value for score in (first, second))
+    if options.link == "hard":
+        return hard(one, other)
+    return bradley_terry(one, other, options.link_temperature)
+
+
+def _worse(first: Score, second: Score) -> Score:
+    """The one of two that tells why there is no verdict."""
+    return first if first.value is None else second
+
+
+def _verdicts(verdicts: Sequence[Verdict], scores: Sequence[Score]) -> dict[str, list[Any]]:
+    return {
+        "first_better": [
+            None if verdict.outcome is Outcome.INVALID else verdict.first_better
+            for verdict in verdicts
+        ],
+        "outcome": [
+            (_kind(score) if verdict.outcome is Outcome.INVALID else None) or verdict.outcome.value
+            for verdict, score in zip(verdicts, scores, strict=True)
+        ],
+        "reason": [score.reason for score in scores],
+    }
+
+
+def _kind(score: Score) -> str | None:
+    if score.value is not None:
+        return None
+    return "declined" if score.declined else Outcome.INVALID.value
+
+
+def _with_columns(rows: Sequence[Row], columns: dict[str, list[Any]]) -> pa.Table:
+    """The rows with what the judge said; a column of theirs of the same name makes way."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    given = {name: [row.get(name) for row in rows] for name in names if name not in columns}
+    types = {name: pa.string() for name in ("outcome", "reason")}
+    try:
+        return pa.table(
+            {name: pa.array(values, types.get(name)) for name, values in (given | columns).items()}
+        )
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise UserError(f"a column holds values of several types: {error}: make it one") from error
+
+
+def summary(labelled: Labelled) -> Table:
+    """What a judge said of a file, for people."""
+    table = Table(show_header=False, box=None)
+    counts = Counter(labelled.table.column("outcome").to_pylist())
+    rows = labelled.table.num_rows
+    table.add_row("rows", str(rows))
+    for outcome, count in counts.most_common():
+        table.add_row(outcome, f"{count} ({count / rows:.1%})")
+    if labelled.sides is None:
+        scores = np.array(
+            [s for s in labelled.table.column("score").to_pylist() if s is not None], np.float64
+        )
+        if scores.size:
+            table.add_row("score", f"{scores.mean():.4g} ± {scores.std():.4g}")
+    else:
+        first = [p for p in labelled.table.column("first_better").to_pylist() if p is not None]
+        if first:
+            better = float(np.mean([0.5 if p == 0.5 else float(p > 0.5) for p in first]))
+            table.add_row(f"{labelled.sides[0]} better", f"{better:.1%} (a tie counts half)")
+    if labelled.counts["both_orders"]:
+        flips = labelled.counts["flipped"] / labelled.counts["both_orders"]
+        table.add_row("order flips", f"{flips:.1%}")
+    for name in ("asked", "cached", "calls", "retries", "timeouts", "tokens"):
+        if labelled.counts[name]:
+            table.add_row(name, str(labelled.counts[name]))
+    if labelled.counts["usd"]:
+        table.add_row("usd", f"{labelled.counts['usd']:.4f}")
+    table.add_row("seconds", f"{labelled.seconds:.1f}")
+    return table
