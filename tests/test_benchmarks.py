@@ -79,6 +79,15 @@ def test_without_a_gpu_a_benchmark_of_one_says_so():
     assert "no GPU" in found["skipped"]
 
 
+def test_judge_latency():
+    found = run(
+        "judge_latency.py --rounds 3 --repeats 1 --latency 0.02 --generate 0.01 --learn 0.05"
+    )
+    assert set(found["hidden"]) == {"0", "1"}
+    assert set(found["seconds"]) == {f"{n}, {i}" for n in ("instant", "slow") for i in (0, 1)}
+    assert_measured(found["seconds"])
+
+
 @pytest.mark.vllm
 def test_generate(stories15m):
     found = run("generate.py --repeats 1 --new-tokens 4")
