@@ -8,13 +8,14 @@ DEV      := .venv/.installed-dev
 BENCH    := .venv/.installed-bench
 VLLM     := .venv/.installed-vllm
 
-.PHONY: help quickstart quickstart-vllm install install-vllm test test-slow test-vllm check bench bench-vllm clean
+.PHONY: help quickstart quickstart-vllm install install-vllm install-browser test test-slow test-vllm test-browser check bench bench-vllm clean
 
 help:
 	@echo "make quickstart   install, fetch a 15 M-parameter model, align it (minutes, 2 cores)"
 	@echo "make test         install, run the everyday tests      make test-slow   the others"
 	@echo "make check        lint, formatting, types              make bench       benchmarks"
 	@echo "make install-vllm vLLM, for this CPU or GPU            make test-vllm   its tests"
+	@echo "make install-browser   Chromium, by apt-get        make test-browser   tests of the page"
 	@echo "make quickstart-vllm   the quickstart with two vLLM generators"
 
 quickstart: $(CORE)
@@ -29,14 +30,27 @@ install: $(CORE)
 
 install-vllm: $(VLLM)
 
+install-browser:
+	@if command -v chromium >/dev/null && command -v chromedriver >/dev/null; then exit 0; fi; \
+	if ! command -v apt-get >/dev/null; then \
+	  echo "install Chromium and its chromedriver, so that both are on the PATH" >&2; exit 1; fi; \
+	if [ "$$(id -u)" = 0 ]; then as_root=; elif command -v sudo >/dev/null; then as_root=sudo; else \
+	  echo "as root: apt-get install chromium chromium-driver" >&2; exit 1; fi; \
+	$$as_root apt-get update -qq && \
+	$$as_root env DEBIAN_FRONTEND=noninteractive \
+	  apt-get install -y -qq --no-install-recommends chromium chromium-driver
+
 test: $(DEV)
-	$(BIN)/pytest -q -m "not slow and not vllm"
+	$(BIN)/pytest -q -m "not slow and not vllm and not browser"
 
 test-slow: $(DEV)
-	$(BIN)/pytest -q -m "slow and not vllm"
+	$(BIN)/pytest -q -m "slow and not vllm and not browser"
 
 test-vllm: $(DEV) $(VLLM)
-	$(BIN)/pytest -q -m vllm
+	$(BIN)/pytest -q -m "vllm and not browser"
+
+test-browser: $(DEV) install-browser
+	$(BIN)/pytest -q -m browser
 
 check: $(DEV)
 	$(BIN)/ruff check .

@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import itertools
+import math
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, TypeVar, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
 from judges.budget import Account, BudgetSpent
 from judges.build import Judge
-from judges.cache import Cache, content_key
+from judges.cache import Cache, Keep, content_key
 from judges.calls import CallFailed, CallLimits, Calls
 from judges.errors import UserError
 from judges.functions import Functions, TimedOut
 from judges.interface import Score, Text
 
 T = TypeVar("T")
+
+Hear: TypeAlias = Callable[[int, Sequence[Score]], None]
+"""Is told the scores of each call as soon as it has ended, and the index of the first of them."""
+
+LONGEST_REASON = 300
+"""Characters that are told of an error."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +74,13 @@ class Asker:
         """
         if not questions:
             return []
-        self.judge.require(_names(questions))
-        scores = await self._known_or_asked(questions)
+        names = _names(questions)
+        self.judge.require(names)
+        # In one call or another, a question comes with the same columns.
+        rows = [
+            replace(q, columns={name: q.columns.get(name) for name in names}) for q in questions
+        ]
+        scores = await self._known_or_asked(rows)
         flipped = [score.flipped for score in scores if score.flipped is not None]
         self.counts.update({"both_orders": len(flipped), "flipped": sum(flipped)})
         return scores
@@ -78,12 +91,15 @@ class Asker:
 
     async def _known_or_asked(self, questions: Sequence[Question]) -> list[Score]:
         if self._cache is None:
-            return await self._ordered(questions)
+            return await self._ordered(questions, lambda *_: None)
 
-        async def ask(indices: list[int]) -> list[dict[str, Any] | None]:
-            scores = await self._ordered([questions[index] for index in indices])
-            fresh.update(zip(indices, scores, strict=True))
-            return [_as_json(score) for score in scores]
+        async def ask(indices: list[int], keep: Keep) -> None:
+            def hear(start: int, scores: Sequence[Score]) -> None:
+                heard = dict(zip(indices[start : start + len(scores)], scores, strict=True))
+                fresh.update(heard)
+                keep({i: asdict(score) for i, score in heard.items() if score.value is not None})
+
+            await self._ordered([questions[index] for index in indices], hear)
 
         fresh: dict[int, Score] = {}
         keys = [self._key(question) for question in questions]
@@ -99,41 +115,51 @@ class Asker:
         columns = {n: v for n, v in question.columns.items() if self.judge.reads(n)}
         return content_key(self.judge.identity, question.prompt, question.texts, columns)
 
-    async def _ordered(self, questions: Sequence[Question]) -> list[Score]:
+    async def _ordered(self, questions: Sequence[Question], hear: Hear) -> list[Score]:
         if self._account is None:
-            return await self._asked(questions)
-        self._account.order(len(questions))
+            return await self._asked(questions, hear)
         had = 0
+
+        def count(start: int, scores: Sequence[Score]) -> None:
+            nonlocal had
+            had += sum(score.value is not None for score in scores)
+            hear(start, scores)
+
+        self._account.order(len(questions))
         try:
-            scores = await self._asked(questions)
-            had = sum(score.value is not None for score in scores)
+            return await self._asked(questions, count)
         finally:
             self._account.give_back(len(questions) - had)
-        return scores
 
-    async def _asked(self, questions: Sequence[Question]) -> list[Score]:
+    async def _asked(self, questions: Sequence[Question], hear: Hear) -> list[Score]:
         self.counts["asked"] += len(questions)
         size = self._batch_size or len(questions)
-        batches = [questions[start : start + size] for start in range(0, len(questions), size)]
-        answered = await gathered([self._answered(batch) for batch in batches])
+
+        async def ask(start: int) -> list[Score]:
+            scores = await self._answered(questions[start : start + size])
+            hear(start, scores)
+            return scores
+
+        answered = await gathered([ask(start) for start in range(0, len(questions), size)])
         return [score for scores in answered for score in scores]
 
     async def _answered(self, batch: Sequence[Question]) -> list[Score]:
-        texts = _texts(self.judge.compares, batch)
-        columns = {name: [q.columns.get(name) for q in batch] for name in _names(batch)}
-
         def ask() -> Any:
-            return self.judge.ask(columns, **texts)
+            columns = {name: [q.columns[name] for q in batch] for name in batch[0].columns}
+            return self.judge.ask(columns, **_texts(self.judge.compares, batch))
 
         try:
             returned = await self._called(ask)
+            unit = "comparisons" if self.judge.compares else "completions"
+            return _read(returned, len(batch), unit)
         except (UserError, BudgetSpent):
             raise
-        except CallFailed as failed:
-            return [Score(None, str(failed))] * len(batch)
-        except Exception as error:  # noqa: BLE001  a judge may fail in any way: all are INVALID
-            return [Score(None, f"{type(error).__name__}: {error}")] * len(batch)
-        return _read(returned, len(batch), "comparisons" if self.judge.compares else "completions")
+        # A judge may fail in any way, and all are INVALID: it ends neither the run nor this task.
+        except (Exception, SystemExit, GeneratorExit, asyncio.CancelledError) as error:
+            if isinstance(error, asyncio.CancelledError) and _is_cancelled():
+                raise
+            reason = _text(error) if isinstance(error, CallFailed) else _told(error)
+            return [Score(None, reason)] * len(batch)
 
     async def _called(self, ask: Callable[[], Any]) -> Any:
         if self._calls is None:
@@ -146,14 +172,14 @@ class Asker:
                 return await self._functions.call(
                     ask, timeout=limits.timeout, threads=limits.concurrency > 1
                 )
-            except TimedOut:
+            except TimedOut as error:
                 self.counts["timeouts"] += 1
-                raise
+                raise CallFailed(str(error)) from error
 
         try:
             return await self._calls.make(call)
         except CallFailed as failed:
-            if isinstance(failed.__cause__, UserError):
+            if isinstance(failed.__cause__, UserError | BudgetSpent):
                 raise failed.__cause__ from None
             raise
 
@@ -182,17 +208,54 @@ def _names(questions: Sequence[Question]) -> list[str]:
 
 def _read(returned: Any, count: int, unit: str) -> list[Score]:
     """A score for each of ``count`` questions from what a judge returned for them."""
-    if hasattr(returned, "tolist"):
+    kind = type(returned).__name__
+    if hasattr(returned, "tolist") and not _is_time(returned):
         returned = returned.tolist()
-    if isinstance(returned, str | bytes) or not isinstance(returned, Sequence):
-        reason = f"returned a {type(returned).__name__} for {count} {unit}"
-    elif len(returned) != count:
+    unfit = isinstance(returned, str | bytes | bytearray) or kind == "memoryview"
+    if unfit or not isinstance(returned, Sequence):
+        reason = f"returned a {kind} for {count} {unit}"
+    elif len(elements := list(itertools.islice(returned, count + 1))) != count:
         reason = f"returned {len(returned)} values for {count} {unit}"
     else:
-        return [Score.read(element) for element in returned]
+        return [_score(element) for element in elements]
     return [Score(None, reason)] * count
 
 
-def _as_json(score: Score) -> dict[str, Any] | None:
-    """What the cache keeps: a valid score."""
-    return None if score.value is None else asdict(score)
+def _score(element: object) -> Score:
+    """What ``Score.read`` makes of it, also of what it cannot read; a reason is a text."""
+    try:
+        if _is_time(element.value if isinstance(element, Score) else element):
+            return Score(None, "returned a time")
+        score = Score.read(element)
+        if score.value is not None and not math.isfinite(score.value):
+            return Score(None, f"returned {score.value}")
+        flipped = score.flipped if isinstance(score.flipped, bool) else None
+        reason = None if score.reason is None else _text(score.reason)
+        return Score(score.value, reason, score.declined, flipped)
+    except Exception as error:  # noqa: BLE001  it runs the element's own code
+        return Score(None, f"returned what cannot be read ({_told(error)})")
+
+
+def _is_time(value: object) -> bool:
+    """Whether it is a date or a duration of numpy's, which turn into numbers."""
+    return getattr(getattr(value, "dtype", None), "kind", None) in ("m", "M")
+
+
+def _is_cancelled() -> bool:
+    """Whether this task is, and not a judge's own."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+def _told(error: BaseException) -> str:
+    """One line of any error, also of one that cannot tell."""
+    try:
+        said = f"{type(error).__name__}: {error}"
+    except Exception:  # noqa: BLE001  it runs the error's own code
+        said = "an error that cannot be told"
+    return _text(" ".join(said.split())[:LONGEST_REASON])
+
+
+def _text(said: object) -> str:
+    """As it can be written to a file: without half characters."""
+    return str(said).encode(errors="replace").decode()

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import sqlite3
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from judges.cache import connect, transaction
+from judges.cache import Database
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS spent (
@@ -60,41 +58,40 @@ class Spent:
 
 
 class Account:
-    """Counts what one judge of a run costs, and refuses what its budget does not allow."""
+    """Counts what one judge of a run costs, and refuses what its budget does not allow.
+
+    Labels are counted before they are asked for. Of a process that is killed meanwhile those under
+    way stay counted, so it errs by at most these, and never spends more than allowed. Tokens and
+    dollars are known afterwards: requests under way when they run out are still paid for.
+    """
 
     def __init__(self, path: Path, judge: str, budget: BudgetOptions) -> None:
         """Touches nothing: the file is made when something is spent."""
-        self._path = path
+        self._database = Database(path, _SCHEMA, f"judge.budget: its file {path}")
         self._judge = judge
         self._budget = budget
-        self._lock = threading.Lock()
-
-    @functools.cached_property
-    def _connection(self) -> sqlite3.Connection:
-        return connect(self._path, _SCHEMA)
 
     def spent(self) -> Spent:
         """So far, by every process."""
-        with self._lock:
-            return self._read()
+        with self._database.transaction() as connection:
+            return self._read(connection)
 
     def order(self, labels: int) -> None:
         """Set aside so many labels. Raises BudgetSpent where fewer are left; then none are."""
-        with self._lock, transaction(self._connection):
-            spent = self._read()
+        with self._database.transaction(write=True) as connection:
+            spent = self._read(connection)
             limit = self._budget.labels
             if limit is not None and spent.labels + labels > limit:
                 raise BudgetSpent(
                     "labels", limit, f"{spent.labels} are spent, and {labels} more are asked for"
                 )
             self._refuse_spent(spent)
-            self._write(Spent(spent.labels + labels, spent.tokens, spent.usd))
+            self._add(connection, labels=labels)
 
     def give_back(self, labels: int) -> None:
         """Labels that were ordered and not had: their questions failed."""
-        with self._lock, transaction(self._connection):
-            spent = self._read()
-            self._write(Spent(spent.labels - labels, spent.tokens, spent.usd))
+        with self._database.transaction(write=True) as connection:
+            self._add(connection, labels=-labels)
 
     def check(self) -> None:
         """Raise BudgetSpent where tokens or money are used up."""
@@ -102,9 +99,8 @@ class Account:
 
     def charge(self, tokens: int, usd: float) -> None:
         """Count what a request has cost."""
-        with self._lock, transaction(self._connection):
-            spent = self._read()
-            self._write(Spent(spent.labels, spent.tokens + tokens, spent.usd + usd))
+        with self._database.transaction(write=True) as connection:
+            self._add(connection, tokens=tokens, usd=usd)
 
     def _refuse_spent(self, spent: Spent) -> None:
         tokens, usd = self._budget.tokens, self._budget.usd
@@ -113,14 +109,17 @@ class Account:
         if usd is not None and spent.usd >= usd:
             raise BudgetSpent("usd", usd, f"{spent.usd:.4f} are spent")
 
-    def _read(self) -> Spent:
-        row = self._connection.execute(
+    def _read(self, connection: sqlite3.Connection) -> Spent:
+        row = connection.execute(
             "SELECT labels, tokens, usd FROM spent WHERE judge = ?", (self._judge,)
         ).fetchone()
         return Spent() if row is None else Spent(*row)
 
-    def _write(self, spent: Spent) -> None:
-        self._connection.execute(
+    def _add(
+        self, connection: sqlite3.Connection, labels: int = 0, tokens: int = 0, usd: float = 0.0
+    ) -> None:
+        spent = self._read(connection)
+        connection.execute(
             "INSERT OR REPLACE INTO spent VALUES (?, ?, ?, ?)",
-            (self._judge, spent.labels, spent.tokens, spent.usd),
+            (self._judge, spent.labels + labels, spent.tokens + tokens, spent.usd + usd),
         )

@@ -43,6 +43,9 @@ BUILT_IN: Mapping[str, str] = {
     "llm_pairwise": "judges.llm:Pairwise",
     "llm_pointwise": "judges.llm:Pointwise",
     "self_rewarding": "judges.llm:SelfRewarding",
+    "ensemble": "judges.ensemble:WeightedSum",
+    "vote": "judges.ensemble:Vote",
+    "length_control": "judges.length_control:LengthControl",
 }
 """Where each is defined: loaded when it is asked for, as it may need torch."""
 
@@ -50,6 +53,9 @@ NOTHING: Mapping[str, Callable[[], Any]] = MappingProxyType({})
 
 TEXTS = ("prompts", "completions", "first", "second")
 """The parameters that are handed over by us; all others are columns of the prompts, or args."""
+
+OF_TRAINERS = ("trainer_state", "log_extra", "log_metric", "environments")
+"""What TRL's trainers hand to reward functions beside texts, ids and columns: of their own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +66,7 @@ class Judge:
     the parameters that its signature leaves open (None: any), ``needs`` the columns among them
     without a default. ``took`` are the things offered to its constructor that it asked for.
     ``identity`` (JSON) is what its answers depend on beside the question: name, args, and the
-    content of the files these name.
+    content of the files these name. ``members`` are the judges that it asks itself.
     """
 
     name: str
@@ -72,18 +78,22 @@ class Judge:
     key: str
     took: frozenset[str]
     identity: tuple[Any, ...]
+    members: tuple[Judge, ...] = ()
 
     def reads(self, column: str) -> bool:
         """Whether it is given that column of the prompts."""
         return column not in self.bound and (self.accepts is None or column in self.accepts)
 
-    def names(self, parameter: str) -> bool:
-        """Whether its signature asks for that by name."""
-        return self.accepts is not None and parameter in self.accepts
-
     def require(self, columns: Collection[str]) -> None:
-        """Raise UserError for a column that the signature needs and the prompts lack."""
+        """Raise UserError for a column that its or a member's signature needs and prompts lack."""
+        for member in self.members:
+            member.require(columns)
         for name in self.needs:
+            if name not in columns and name in OF_TRAINERS:
+                raise UserError(
+                    f"{self.key}={self.name}: it needs {name}, which only TRL's trainers have: "
+                    f"give that parameter a default, {name}=None"
+                )
             if name not in columns:
                 raise UserError(
                     f"{self.key}={self.name}: it needs the column {name}, and the prompts have "

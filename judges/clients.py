@@ -149,6 +149,8 @@ class OpenAIClient:
                 base_url=self._options.url,
                 max_retries=0,  # retries and deadlines are those of Calls
                 timeout=None,
+                # openai's own closes itself on whatever loop runs when it is forgotten.
+                http_client=openai.DefaultAsyncHttpxClient(timeout=None),
             )
         return self._openai
 

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 from judges.asking import Asker
 from judges.budget import Account, BudgetOptions
-from judges.build import build_judge
+from judges.build import Judge, build_judge
 from judges.cache import Cache
 from judges.calls import Calls
 from judges.completing import Complete
@@ -19,11 +19,23 @@ from judges.functions import Functions
 from judges.kept_replies import KeptReplies
 from judges.model_clients import ClientOptions, PolicyClientOptions
 from judges.options import AUTO, OFF, AskOptions
+from judges.plugins import args_key
 
 OVER_HTTP = frozenset({"calls", "complete"})
 """What a judge takes that asks elsewhere: it keeps limits itself, and its answers are kept."""
 
+OF_MEMBERS = ("cache", "calls_per_minute", "concurrency", "retries", "timeout")
+"""What is said of each member of a judge that asks others, not of itself."""
+
 BuildClient: TypeAlias = Callable[[ClientOptions, Calls, Account | None], Complete]
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """What a judge's members share with it: the account that pays for them, and the counts."""
+
+    account: Account | None
+    counts: Counter[str]
 
 
 @dataclass(slots=True)
@@ -40,13 +52,29 @@ class Desk:
     functions: Functions = field(default_factory=Functions)
 
     def asker(
-        self, options: AskOptions, *, key: str = "judge.name", budget: BudgetOptions | None = None
+        self,
+        options: AskOptions,
+        *,
+        key: str = "judge.name",
+        budget: BudgetOptions | None = None,
+        whole: Whole | None = None,
     ) -> Asker:
-        """A judge and everything around it. Raises UserError where ``build_judge`` does."""
+        """A judge and everything around it, or a member of a ``whole``.
+
+        A member is paid for by the whole's account where that has one, which counts the whole's
+        labels. Raises UserError where ``build_judge`` does.
+        """
         section = key.rpartition(".")[0]
-        counts: Counter[str] = Counter()
+        counts: Counter[str] = Counter() if whole is None else whole.counts
         calls = Calls(options.limits(over_http=True).shared_by(self.replicas), counts)
-        account = self._account(options, budget)
+        payer = None if whole is None else whole.account
+        account = self._account(options, budget) if payer is None else payer
+        members: list[Judge] = []
+
+        def ask_member(member: AskOptions, key: str) -> Asker:
+            asker = self.asker(member, key=key, whole=Whole(account, counts))
+            members.append(asker.judge)
+            return asker
 
         def complete() -> Complete:
             if options.client is None:
@@ -58,29 +86,36 @@ class Desk:
             cache = self._cache(options, True, budget)
             if cache is None:
                 return client
-            return KeptReplies(client, cache, options.client.model_dump())
+            return KeptReplies(client, cache, _asked_model(options.client))
 
         offered: Mapping[str, Callable[[], Any]] = {
             "calls": lambda: calls,
             "complete": complete,
             "store": lambda: str((self.folder or Path()) / f"{options.name}.sqlite"),
-            "ask_member": lambda: self.asker,
+            "ask_member": lambda: ask_member,
+            "args_key": lambda: args_key(key),
         }
         judge = build_judge(options.name, options.args, key=key, offered=offered)
         if options.client is not None:
             if "complete" not in judge.took:
                 raise UserError(f"{section}.client: {options.name} asks no model: leave it out")
-            model = options.client.model_dump()
-            judge = replace(judge, identity=(*judge.identity, model))
-        asks_itself = bool(judge.took & (OVER_HTTP | {"ask_member"}))
+            judge = replace(judge, identity=(*judge.identity, _asked_model(options.client)))
+        if members:
+            judge = replace(judge, members=tuple(members))
+            for name in OF_MEMBERS:
+                if getattr(options, name) != AskOptions.model_fields[name].default:
+                    raise UserError(
+                        f"{section}.{name}: {options.name} asks its members: write it there"
+                    )
+        asks_itself = bool(members or judge.took & OVER_HTTP)
         own = options.limits(over_http=False).shared_by(self.replicas)
         return Asker(
             judge,
             batch_size=options.batch_size,
             limits=None if asks_itself else own,
             functions=self.functions,
-            cache=self._cache(options, bool(judge.took & OVER_HTTP), budget),
-            account=account,
+            cache=None if members else self._cache(options, bool(judge.took & OVER_HTTP), budget),
+            account=account if payer is None else None,
             counts=counts,
         )
 
@@ -91,7 +126,8 @@ class Desk:
             return Cache(Path(options.cache))
         wanted = over_http or (budget is not None and budget.labels is not None)
         changes = isinstance(options.client, PolicyClientOptions)
-        if options.cache == OFF or not wanted or changes or self.folder is None:
+        keeps_itself = options.name == "human"
+        if options.cache == OFF or not wanted or changes or keeps_itself or self.folder is None:
             return None
         return Cache(self.folder / "judge.sqlite")
 
@@ -100,3 +136,9 @@ class Desk:
         if self.folder is None or (options.client is None and budget == BudgetOptions()):
             return None
         return Account(self.folder / "judge.sqlite", options.title, budget)
+
+
+def _asked_model(client: ClientOptions) -> dict[str, Any]:
+    """What of a client's options its answers depend on."""
+    paid = {"usd_per_million_input", "usd_per_million_output", "api_key_env"}
+    return client.model_dump(exclude=paid)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import inspect
 import threading
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, TypeAlias
+
+Ended: TypeAlias = concurrent.futures.Future[tuple[Any, BaseException | None]]
+"""Done once a function has ended, also one that was given up: what it returned, or raised."""
 
 
 class TimedOut(Exception):  # noqa: N818
@@ -23,7 +27,7 @@ class Functions:
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._left: list[concurrent.futures.Future[Any]] = []
+        self._left: list[Ended] = []
 
     async def call(
         self, function: Callable[[], Any], *, timeout: float | None, threads: bool
@@ -31,78 +35,96 @@ class Functions:
         """What the function returns, awaited if need be.
 
         It runs in a thread of its own with a ``timeout`` (seconds) or ``threads``, else on the
-        caller's, where it may use signals. Raises TimedOut at the deadline.
+        caller's, where it may use signals and ``asyncio.run``. Raises TimedOut at the deadline:
+        what it awaits is cancelled then.
         """
         deadline = asyncio.timeout(timeout)
         try:
             async with deadline:
                 if timeout is None and not threads:
-                    returned = function()
+                    returned = _outside_loops(function)
                 else:
-                    returned = await self._leaving(_in_thread(function))
+                    returned = await self._heard(_in_thread(function), give_up=_nothing)
                 if not inspect.isawaitable(returned):
                     return returned
-                loop = self._own_loop()
-                running = asyncio.run_coroutine_threadsafe(_awaited(returned), loop)
-                return await self._leaving(running)
+                return await self._heard(*self._on_own_loop(returned))
         except TimeoutError as error:
             if not deadline.expired():
                 raise
             raise TimedOut(f"timed out after {timeout:g} s") from error
 
-    async def _leaving(self, running: concurrent.futures.Future[Any]) -> Any:
-        answer = asyncio.wrap_future(running)
-        answer.add_done_callback(_hear_nothing)
-        try:
-            return await asyncio.shield(answer)
-        except asyncio.CancelledError:
-            running.cancel()
-            self._left.append(running)
-            raise
-
     def stuck(self, seconds: float) -> bool:
         """Whether a function that was left behind is still at it ``seconds`` from now."""
-        if not self._left:
-            return False
-        left = [running for running in self._left if not running.done()]
-        self._left = []
-        if self._loop is not None:  # a coroutine that blocks it cannot be cancelled
-            left.append(asyncio.run_coroutine_threadsafe(_nothing(), self._loop))
-        _, still_running = concurrent.futures.wait(left, timeout=seconds)
-        return bool(still_running)
+        _, still_running = concurrent.futures.wait(self._left, timeout=seconds)
+        self._left = list(still_running)
+        return bool(self._left)
+
+    async def _heard(self, ended: Ended, give_up: Callable[[], object]) -> Any:
+        try:
+            result, error = await asyncio.wrap_future(ended)
+        except asyncio.CancelledError:
+            give_up()
+            self._left.append(ended)
+            raise
+        if error is not None:
+            raise error
+        return result
+
+    def _on_own_loop(self, awaitable: Awaitable[Any]) -> tuple[Ended, Callable[[], object]]:
+        """Await it there; the second cancels that."""
+        ended: Ended = concurrent.futures.Future()
+        awaiting = asyncio.run_coroutine_threadsafe(_awaited(awaitable, ended), self._own_loop())
+        return ended, lambda: ended.cancel() or awaiting.cancel()
 
     def _own_loop(self) -> asyncio.AbstractEventLoop:
         if self._loop is None:
             self._loop = asyncio.new_event_loop()
-            threading.Thread(target=self._loop.run_forever, name="judge", daemon=True).start()
+            run = threading.Thread(target=_run, args=(self._loop,), name="judge", daemon=True)
+            run.start()
         return self._loop
 
 
-def _in_thread(function: Callable[[], Any]) -> concurrent.futures.Future[Any]:
+def _outside_loops(function: Callable[[], Any]) -> Any:
+    """Call it as if no event loop ran in this thread."""
+    running = asyncio._get_running_loop()
+    asyncio._set_running_loop(None)
+    try:
+        return function()
+    finally:
+        asyncio._set_running_loop(running)
+
+
+def _in_thread(function: Callable[[], Any]) -> Ended:
     """Run it in a daemon thread: one that hangs must not keep the process from ending."""
-    future: concurrent.futures.Future[Any] = concurrent.futures.Future()
-    future.set_running_or_notify_cancel()
+    ended: Ended = concurrent.futures.Future()
+    ended.set_running_or_notify_cancel()
 
     def run() -> None:
         try:
-            result = function()
+            ended.set_result((function(), None))
         except BaseException as error:  # noqa: BLE001  raised where the result is asked for
-            future.set_exception(error)
-        else:
-            future.set_result(result)
+            ended.set_result((None, error))
 
     threading.Thread(target=run, name="judge call", daemon=True).start()
-    return future
+    return ended
 
 
-async def _awaited(awaitable: Awaitable[Any]) -> Any:
-    return await awaitable
+async def _awaited(awaitable: Awaitable[Any], ended: Ended) -> None:
+    if not ended.set_running_or_notify_cancel():  # given up while the loop was busy
+        if inspect.iscoroutine(awaitable):
+            awaitable.close()
+        return
+    try:
+        ended.set_result((await awaitable, None))
+    except BaseException as error:  # noqa: BLE001  raised where the result is asked for
+        ended.set_result((None, error))
 
 
-def _hear_nothing(late: asyncio.Future[Any]) -> None:
-    """Take an error that nobody waits for any more, lest asyncio complains of it."""
-    if not late.cancelled():
-        late.exception()
+def _run(loop: asyncio.AbstractEventLoop) -> None:
+    """For ever: what a task raises to end the program ends it in the caller's thread, if at all."""
+    while True:
+        with contextlib.suppress(SystemExit, KeyboardInterrupt):
+            loop.run_forever()
 
 
-async def _nothing() -> None: ...
+def _nothing() -> None: ...

@@ -8,6 +8,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from judges.budget import BudgetOptions
 from judges.calls import CallLimits
+from judges.client_options import OpenAIOptions
 from judges.model_clients import ClientOptions
 
 AUTO, OFF = "auto", "off"
@@ -92,6 +93,13 @@ def is_implicit(judge: AskOptions) -> bool:
     return judge.name == "implicit_reward" and "policy" not in judge.args
 
 
+def _has_prices(client: ClientOptions | None, args: dict[str, Any]) -> bool:
+    """Whether the client's prices are told, or those of a member's client."""
+    if isinstance(client, OpenAIOptions):
+        return None not in (client.usd_per_million_input, client.usd_per_million_output)
+    return "usd_per_million_input" in str(args)
+
+
 def _named(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
@@ -138,7 +146,12 @@ class JudgeOptions(AskOptions):
     threads: int = Field(default=1, ge=1, description="CPU threads of each judge worker")
 
     @model_validator(mode="after")
-    def _selection_has_a_budget(self) -> JudgeOptions:
+    def _budget_fits(self) -> JudgeOptions:
+        if self.budget.usd is not None and not _has_prices(self.client, self.args):
+            raise ValueError(
+                "budget.usd: needs prices: give client.usd_per_million_input and "
+                "client.usd_per_million_output"
+            )
         if self.select is not None and self.budget.labels is None:
             raise ValueError("select: spreads budget.labels over the run: give it a number")
         if self.select_by and self.select != "uncertainty":

@@ -189,6 +189,10 @@ def _show(result: RunResult) -> None:
 
     report = final_table(result.evaluations, result.samples, result.run_dir)
     Console().print(report, crop=False)
+    if result.human is not None:
+        from pipeline.report import human_report
+
+        Console().print(human_report(result.human), crop=False)
 
 
 def main() -> None:

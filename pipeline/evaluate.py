@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from judges.interface import text_of
+from judges.interface import Text, text_of
 from pipeline.comparison import Comparison, compare_probabilities, compare_scores
 from pipeline.drift import kl_to_reference, length_mean, repetition_rate
 from pipeline.judging import Judges
@@ -23,6 +23,7 @@ from pipeline.report import Sample
 from pipeline.rollout import UnitSize, submit_units, work_units
 from pipeline.sync import WeightSync
 from workers.generator import SampledUnit
+from workers.judge_worker import prompt_text
 from workers.messages import BatchCompletion, Completion, Judgement, Prompt, UpdateBatch
 
 
@@ -56,6 +57,8 @@ class Evaluator:
         self._unit_size = unit_size
         self._run_seed = run_seed
         self._baseline: list[Completion] = []
+        self.compared: list[tuple[Text, str, str]] = []
+        """Of the last evaluation: prompt, the policy's completion, the starting model's."""
 
     def due(self, update: int) -> bool:
         """Whether to evaluate after this update: every so often, and at the end of the run."""
@@ -91,6 +94,11 @@ class Evaluator:
             "repetition_rate": repetition_rate(scored),
             "repetition_rate_baseline": repetition_rate(self._baseline),
         }
+        chat = any(not isinstance(prompt.content, str) for prompt in self._prompts)
+        self.compared = [
+            (prompt_text(prompt, chat), new.text, old.text)
+            for prompt, new, old in zip(self._prompts, scored, self._baseline, strict=True)
+        ]
         judgements = {judge: self._judgements(judge, scored) for judge in self._names}
         self._write(self._path(learner.version), scored, judgements)
         return [

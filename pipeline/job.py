@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -18,6 +18,7 @@ from pipeline.checkpoint import Checkpoints, Cursor
 from pipeline.config import Config, threads_of
 from pipeline.drift import Drift
 from pipeline.evaluate import Evaluator
+from pipeline.human_pages import announced, human_table_of
 from pipeline.inputs import Inputs, check_inputs, pairing_of
 from pipeline.judge_fit import evaluating_judges, selection_of
 from pipeline.judging import Judges
@@ -43,16 +44,23 @@ from pipeline.tracking import Tracker, metrics
 from workers.learner.options import is_averaged
 from workers.messages import Prompt
 
+if TYPE_CHECKING:
+    from judges.human.table import HumanTable
+
 SAMPLES_SHOWN = 3
 
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
-    """A finished run: its directory, the last evaluation's record of each judge, some samples."""
+    """A finished run: its directory, the last evaluation's record of each judge, some samples.
+
+    ``human``: what people said of that evaluation's pairs, where they were asked.
+    """
 
     run_dir: Path
     evaluations: list[dict[str, Any]]
     samples: list[Sample]
+    human: HumanTable | None = None
 
 
 def run(cfg: Config, *, quiet: bool = False) -> RunResult:
@@ -75,9 +83,7 @@ def settled(cfg: Config) -> Config:
     return cfg.model_copy(update={"generator": generator})
 
 
-def resume(
-    run_dir: str | Path, overrides: Sequence[str] = (), *, quiet: bool = False
-) -> RunResult:
+def resume(run_dir: str | Path, overrides: Sequence[str] = (), *, quiet: bool = False) -> RunResult:
     """Go on with a run that stopped or was killed: same losses and weights as uninterrupted.
 
     Rounds that reached the ledger are reused; metrics are cut back to the checkpoint.
@@ -97,10 +103,11 @@ def resume(
     return _run(cfg, check_inputs(cfg), recorded["threads"], False, quiet)
 
 
-def evaluate(cfg: Config) -> RunResult:
+def evaluate(cfg: Config, *, say: Callable[[str], object] = print) -> RunResult:
     """Compare a finished run's policy with its starting model on fresh held-out samples.
 
-    Raises UserError if the run has no policy yet or its config no held-out prompts.
+    ``say`` is told where people who judge find their page. Raises UserError if the run has no
+    policy yet or its config no held-out prompts.
     """
     policy = cfg.run_dir / "policy"
     if not policy.is_dir():
@@ -121,10 +128,13 @@ def evaluate(cfg: Config) -> RunResult:
         evaluator.baseline(learner, sync)
         learner.adopt(cfg.policy.model_copy(update={"model": str(policy)}), cfg.run.updates)
         sync.push(learner)
-        records = evaluator.evaluate(learner, sync)
+        with announced(judges_of(cfg), cfg.run_dir, say):
+            records = evaluator.evaluate(learner, sync)
     if cfg.reference.update != "frozen":  # this learner's is the starting model, not the run's last
         records = [record | {"kl_to_reference": None} for record in records]
-    return RunResult(cfg.run_dir, records, evaluator.samples(cfg.run.updates, SAMPLES_SHOWN))
+    samples = evaluator.samples(cfg.run.updates, SAMPLES_SHOWN)
+    people = human_table_of(judges_of(cfg), cfg.run_dir, evaluator.compared)
+    return RunResult(cfg.run_dir, records, samples, people)
 
 
 def cores() -> int:
@@ -138,6 +148,7 @@ def _run(cfg: Config, inputs: Inputs, threads: dict[str, int], new: bool, quiet:
         stack.push(_say_how_to_resume(cfg))
         progress = stack.enter_context(_progress(cfg, quiet))
         progress.say(f"starting {len(plan.workers)} workers ({cfg.cluster.address}) …")
+        stack.enter_context(announced(judges_of(cfg), cfg.run_dir, progress.say))
         crew = stack.enter_context(start_crew(cfg, plan))
         judges = judges_with(cfg, crew, inputs)
         compares = judges.check(inputs.prompts.take(0, 8) + inputs.held_out[:1])
@@ -175,7 +186,8 @@ def _run(cfg: Config, inputs: Inputs, threads: dict[str, int], new: bool, quiet:
         )
         write_policy(cfg, learner, inputs.tokenizer)
     samples = evaluator.samples(cfg.run.updates, SAMPLES_SHOWN)
-    return RunResult(cfg.run_dir, last_evaluations(cfg.run_dir), samples)
+    people = human_table_of(judges_of(cfg), cfg.run_dir, evaluator.compared)
+    return RunResult(cfg.run_dir, last_evaluations(cfg.run_dir), samples, people)
 
 
 def checkpoints_of(cfg: Config) -> Checkpoints:

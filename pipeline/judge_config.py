@@ -39,4 +39,3 @@ def read_judge(spec: str, overrides: Sequence[str] = ()) -> JudgeOptions:
         lines = explain(_JudgeSection, error.errors())
         raise UserError("\n".join(f"{where}{line}" for line in lines)) from None
     return judge.model_copy(update=judge_files(judge, base, "judge"))
-

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.table import Table
 
-from judges.asking import Asker, Question, gathered
+from judges.asking import Asker, Question
 from judges.errors import UserError
 from judges.interface import Outcome, Score, Text, Verdict
 from judges.links import bradley_terry, hard
@@ -136,7 +136,10 @@ async def _part(asker: Asker, part: Rows, options: JudgeOptions) -> dict[str, li
         asked = await asker.ask(_questions(part.rows, *part.sides))
         scores = [as_probability(score) for score in asked]
         return _verdicts([_compared(score) for score in scores], scores)
-    first, second = await gathered(asker.ask(_questions(part.rows, side)) for side in part.sides)
+    # In one call: a judge may standardise its scores over it.
+    questions = [question for side in part.sides for question in _questions(part.rows, side)]
+    scores = await asker.ask(questions)
+    first, second = scores[: len(part.rows)], scores[len(part.rows) :]
     pairs = list(zip(first, second, strict=True))
     return {
         f"score_{part.sides[0]}": [score.value for score in first],

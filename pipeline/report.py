@@ -11,13 +11,16 @@ import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from judges.human.table import HumanTable
 
 SAMPLE_CHARACTERS = 600
 """Of a prompt or completion, shown at most."""
@@ -52,6 +55,20 @@ def final_table(
     for number, sample in enumerate(samples, start=1):
         parts += [Text(""), *_sample_lines(number, sample)]
     return Group(*parts, Text(""), *_places(run_dir))
+
+
+def human_report(table: HumanTable) -> RenderableType:
+    """What people said, as in Table 2 of OAIF (arXiv:2402.04792): shares of pairs, quality 1–5."""
+    shown = Table(title="As people see it, against the starting model", title_justify="left")
+    for heading in ("win", "tie", "loss", "quality", "at the start", "pairs", "raters", "alpha"):
+        shown.add_column(heading, justify="right")
+    shares = ("-" if s is None else f"{s:.1%}" for s in (table.win, table.tie, table.loss))
+    qualities = (figure(table.quality_first), figure(table.quality_second))
+    shown.add_row(*shares, *qualities, str(table.items), str(table.raters), figure(table.alpha))
+    if not table.unrated:
+        return shown
+    left = f"{table.unrated} pairs have no verdict ({table.skipped} skipped)"
+    return Group(shown, Text(left, style="yellow"))
 
 
 def figure(value: float | None) -> str:

@@ -457,6 +457,10 @@ def test_judge_workers_share_the_work_and_change_nothing(
             "judge.link=sampled: pairing.strategy=ranking goes by the scores",
         ),
         (
+            {"judge": {"budget": {"usd": 1.0}}},
+            "judge: budget.usd: needs prices: give client.usd_per_million_input",
+        ),
+        (
             {"judge": {"select": "random"}},
             "judge: select: spreads budget.labels over the run",
         ),

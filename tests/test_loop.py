@@ -20,8 +20,8 @@ from pipeline.learner import RemoteLearner
 from pipeline.ledger import Ledger
 from pipeline.stopping import Stopped
 from tests import tiny
-from workers.verdicts import JudgeFailed
 from workers.messages import Fate
+from workers.verdicts import JudgeFailed
 
 
 class Killed(BaseException):

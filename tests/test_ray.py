@@ -123,7 +123,7 @@ def test_a_dead_worker_is_named_and_the_run_goes_on_later(tiny_model: Path, tmp_
     cfg = tiny.config(tiny_model, tmp_path)
     working = judge.read_text()
     judge.write_text("import os\n\ndef score(completions):\n    os.kill(os.getpid(), 9)\n")
-    with pytest.raises(WorkerDied, match="the process of judge 0 ended .restarted 2 times") as death:
+    with pytest.raises(WorkerDied, match="judge 0 ended") as death:
         job.run(on_ray(cfg, tmp_path / "run"), quiet=True)
     assert f"freshpairs resume {tmp_path / 'run'}" in death.value.__notes__[0]
     judge.write_text(working)

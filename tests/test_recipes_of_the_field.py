@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from judges.plugins import load_plugin
+from judges.build import build_judge
+from judges.interface import Score
 from pipeline import load_config, run
 from tests import recomputation, tiny
+from tests.judge_helpers import served_model
 
 RECIPES = sorted((Path(__file__).parents[1] / "configs/recipes").glob("*.yaml"))
 GSM8K = Path(__file__).parents[2] / "shared/data/gsm8k/test.jsonl"
@@ -19,6 +22,7 @@ SMALL = [
     "evaluation.prompts=null",
     "tracking.tensorboard=false",
     "cluster.address=inline",
+    "generator.backend=transformers",
     "checkpoint={every: 1, keep: 99}",
 ]
 
@@ -33,8 +37,14 @@ def test_every_recipe_says_what_it_is() -> None:
         assert load_config(path).run.name == path.stem
 
 
+def exact(completions: list[str], answers: list[str], args: dict[str, Any]) -> list[float | None]:
+    judge = build_judge("exact_answer", args)
+    prompts = ["p"] * len(completions)
+    scores = judge.ask({"answer": answers}, prompts=prompts, completions=completions)
+    return [Score.read(score).value for score in scores]
+
+
 def test_exact_answers() -> None:
-    judge = load_plugin(f"{RECIPES[0].parent}/exact_answer.py:score", key="judge.name")
     worked = "He has 3 + 4 = 7.\n#### "
     cases = [
         ("so #### 1,200", worked + "1200", 1.0),
@@ -45,22 +55,20 @@ def test_exact_answers() -> None:
         ("", worked + "7", 0.0),
     ]
     for completion, answer, expected in cases:
-        assert judge(prompts=["p"], completions=[completion], answer=[answer]) == [expected]
-    first = {"pattern": r"^\W*(\w+)"}
-    found = judge(
-        prompts=["p"] * 2, completions=[" Lily.", "the Lily"], answer=["#### lily"] * 2, **first
-    )
+        assert exact([completion], [answer], {}) == [expected]
+    cfg = load_config(RECIPES[0].parent / "iterative-rpo.yaml")
+    assert cfg.judge.name == "exact_answer"
+    found = exact([" Lily.", "the Lily"], ["#### lily"] * 2, cfg.judge.args)
     assert found == [1.0, 0.0]
 
 
 @pytest.mark.skipif(not GSM8K.is_file(), reason=f"no {GSM8K}: it is not part of the repository")
 def test_every_gsm8k_answer_is_right_and_another_is_wrong() -> None:
-    judge = load_plugin(f"{RECIPES[0].parent}/exact_answer.py:score", key="judge.name")
     answers = [json.loads(line)["answer"] for line in GSM8K.read_text().splitlines()]
     assert len(answers) == 1319
-    assert judge(prompts=answers, completions=answers, answer=answers) == [1.0] * 1319
+    assert exact(answers, answers, {}) == [1.0] * 1319
     others = [answer + "9" for answer in answers]
-    assert judge(prompts=answers, completions=others, answer=answers) == [0.0] * 1319
+    assert exact(others, answers, {}) == [0.0] * 1319
 
 
 @pytest.mark.slow
@@ -73,8 +81,13 @@ def test_a_recipe_runs_and_its_losses_are_those_of_other_code(
     rounds, updates = (1, 3) if math.isinf(per_round) else (2, 2 * int(per_round))
     tokens = min(24, full.sampling.max_new_tokens)
     overrides = [*SMALL, f"run={{updates: {updates}, dir: '{tmp_path / 'run'}'}}"]
-    cfg = load_config(path, [*overrides, f"sampling.max_new_tokens={tokens}"])
-    run(cfg, quiet=True)
+    if full.policy.model != "stories15M":  # a larger one
+        overrides.append("sampling.prompts_per_update=2")
+    with served_model() as url:
+        if full.judge.client is not None:
+            overrides.append(f"judge.client={{kind: openai, model: judge, base_url: '{url}'}}")
+        cfg = load_config(path, [*overrides, f"sampling.max_new_tokens={tokens}"])
+        run(cfg, quiet=True)
     records = tiny.records(cfg.run_dir)
     assert len([r for r in records if r["kind"] == "round"]) == rounds
     found = [r for r in records if r["kind"] == "update"]

@@ -202,7 +202,7 @@ def largest(values: Sequence[float], count: int) -> frozenset[int]:
 
 
 OF_COMPLETIONS = ("prompt_ids", "completion_ids")
-"""What a judge is given of each completion besides the text, if its signature names it."""
+"""What a judge is given of each completion besides the text, if its signature takes it."""
 
 
 def _question(
@@ -210,20 +210,21 @@ def _question(
 ) -> Question:
     """With the columns that the judge reads; ids of a comparison are those of both."""
     columns = dict(prompt.columns)
-    if judge.names("prompt_ids"):
+    if judge.reads("prompt_ids"):
         columns["prompt_ids"] = prompt.ids.tolist()
-    if judge.names("completion_ids"):
+    if judge.reads("completion_ids"):
         ids = [completion.ids.tolist() for completion in completions]
         columns["completion_ids"] = ids[0] if len(ids) == 1 else ids
     texts = tuple(_completion_text(completion, chat) for completion in completions)
-    return Question(_prompt_text(prompt, chat), texts, columns)
+    return Question(prompt_text(prompt, chat), texts, columns)
 
 
 def _columns(prompts: Sequence[Prompt]) -> list[str]:
     return list(dict.fromkeys(name for prompt in prompts for name in prompt.columns))
 
 
-def _prompt_text(prompt: Prompt, chat: bool) -> Text:
+def prompt_text(prompt: Prompt, chat: bool) -> Text:
+    """The prompt as judges read it: as messages in ``chat`` form, else as text."""
     if not chat:
         return text_of(prompt.content)
     if isinstance(prompt.content, str):

@@ -37,8 +37,8 @@ def compared(prompt: Prompt, count: int, comparisons: Mapping[tuple[int, ...], S
         declined[i, j] = declined[j, i] = score.declined
         if score.value is not None:
             wins[i, j], wins[j, i] = score.value, 1.0 - score.value
-    # The INVALID ones first: whoever reads one line of a reason wants to know what failed.
-    for (i, j), score in sorted(read.items(), key=lambda item: item[1].value is not None):
+    # What failed first, then what was declined: a reason may be read to its first line only.
+    for (i, j), score in sorted(read.items(), key=lambda item: _by_failure(item[1])):
         if score.reason:
             reasons[i].append(f"against {j}: {score.reason}")
             reasons[j].append(f"against {i}: {score.reason}")
@@ -49,6 +49,10 @@ def compared(prompt: Prompt, count: int, comparisons: Mapping[tuple[int, ...], S
         wins=wins,
         declined=declined if declined.any() else None,
     )
+
+
+def _by_failure(score: Score) -> tuple[bool, bool]:
+    return score.value is not None, score.declined
 
 
 def as_probability(score: Score) -> Score:
@@ -88,7 +92,7 @@ def refuse_invalid_rounds(
         return
     group, example = invalid[0]
     unit = "scores" if group.judgement.wins is None else "comparisons"
-    reason = " ".join((group.judgement.reasons[example] or "no reason given").split())
+    reason = " ".join((group.judgement.reasons[example] or "no reason given").split())[:300]
     raise JudgeFailed(
         f"judge.name={judge}: {len(invalid)} of the round's {total} {unit} are INVALID, for "
         f"example {group.completions[example].text[:80]!r} ({reason}): mend the judge, or raise "
@@ -156,6 +160,18 @@ def agreement(judged: Sequence[Judgement], others: Sequence[Judgement]) -> dict[
 
 
 def dispute(judgements: Sequence[Judgement]) -> float:
-    """Mean over a prompt's pairs of the variance of the judges' votes (1, −1, 0 for a tie)."""
-    votes = np.array([judgement.preferences() for judgement in judgements], np.float64)
-    return float(votes.var(axis=0).mean()) if votes.size else 0.0
+    """Mean over a prompt's pairs of the variance of the judges' votes (1, −1, 0 for a tie).
+
+    A judge without a verdict on a pair has no vote on it.
+    """
+    votes = np.array([_votes(judgement) for judgement in judgements], np.float64)
+    of_pairs = [pair[~np.isnan(pair)] for pair in votes.T]
+    return float(np.mean([pair.var() if pair.size else 0.0 for pair in of_pairs] or [0.0]))
+
+
+def _votes(judgement: Judgement) -> DoubleArray:
+    """Of each pair i < j as ``Judgement.preferences`` has it, NaN without a verdict."""
+    first, second = np.triu_indices(len(judgement.scores), 1)
+    scores, wins = judgement.scores, judgement.wins
+    said = scores[first] - scores[second] if wins is None else wins[first, second]
+    return np.where(np.isnan(said), np.nan, judgement.preferences())

@@ -1,0 +1,156 @@
+"""``freshpairs label``: any judge over a file, without a run."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner
+from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+from judges.errors import UserError
+from pipeline.cli import app
+from pipeline.judge_config import read_judge
+from pipeline.label import label, summary
+from tests.judge_helpers import served_model
+
+VADER = SentimentIntensityAnalyzer()
+
+
+def write(path: Path, *rows: dict[str, Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def labelled(folder: Path, path: Path, judge: str, *overrides: str) -> list[dict[str, Any]]:
+    out = folder / "out.parquet"
+    label(path, read_judge(judge, overrides), out)
+    return list(pq.read_table(out).to_pylist())
+
+
+TEXTS = ("I love it", "I hate it", "It is a table")
+
+
+def test_completions_get_scores_and_keep_their_columns(tmp_path):
+    rows = [{"prompt": "p", "completion": text, "id": i} for i, text in enumerate(TEXTS)]
+    found = labelled(tmp_path, write(tmp_path / "in.jsonl", *rows), "sentiment")
+    assert [row["score"] for row in found] == [VADER.polarity_scores(t)["compound"] for t in TEXTS]
+    assert [row["outcome"] for row in found] == ["valid"] * 3
+    assert [{k: row[k] for k in ("prompt", "completion", "id")} for row in found] == rows
+
+
+@pytest.mark.parametrize("sides", [("chosen", "rejected"), ("first", "second")])
+def test_pairs_get_verdicts(tmp_path, sides):
+    pairs = [(0, 1), (1, 0), (2, 2)]
+    rows = [
+        {"prompt": [{"role": "user", "content": "p"}], sides[0]: TEXTS[i], sides[1]: TEXTS[j]}
+        for i, j in pairs
+    ]
+    path = write(tmp_path / "in.jsonl", *rows)
+    found = labelled(tmp_path, path, "sentiment")
+    assert [row["first_better"] for row in found] == [1.0, 0.0, 0.5]
+    assert [row["outcome"] for row in found] == ["preference", "preference", "tie"]
+    scores = [VADER.polarity_scores(text)["compound"] for text in TEXTS]
+    assert [row[f"score_{sides[0]}"] for row in found] == [scores[i] for i, _ in pairs]
+    soft = labelled(tmp_path, path, "sentiment", "judge.link=bradley_terry")
+    expected = 1 / (1 + math.exp(scores[1] - scores[0]))
+    assert soft[0]["first_better"] == pytest.approx(expected)
+
+
+def test_both_sides_are_scored_in_one_call(tmp_path):
+    # Standardised side by side, a gap between the sides would be gone.
+    path = write(
+        tmp_path / "in.jsonl",
+        *({"prompt": "p", "chosen": "x" * (9 + i), "rejected": "x" * i} for i in range(3)),
+    )
+    (tmp_path / "mine.py").write_text(
+        "def centred(completions):\n"
+        "    lengths = [len(c) for c in completions]\n"
+        "    return [n - sum(lengths) / len(lengths) for n in lengths]\n"
+    )
+    path.write_text(path.read_text().replace('"rejected": ""', '"rejected": "x"'))
+    found = labelled(tmp_path, path, f"{tmp_path}/mine.py:centred")
+    assert [row["first_better"] for row in found] == [1.0] * 3
+
+
+def test_what_a_judge_does_not_say_is_told(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from judges.interface import Score\n"
+        "def compare(prompts, first, second):\n"
+        "    return [0.9, None, Score(None, 'skipped', declined=True), 7.0]\n"
+    )
+    rows = [{"prompt": "p", "first": "a", "second": "b"}] * 4
+    path = write(tmp_path / "in.jsonl", *rows)
+    found = labelled(tmp_path, path, f"{tmp_path}/mine.py:compare")
+    assert [row["outcome"] for row in found] == ["preference", "invalid", "declined", "invalid"]
+    assert [row["first_better"] for row in found] == [0.9, None, None, None]
+    reasons = [row["reason"] for row in found]
+    assert reasons[1:] == ["returned None", "skipped", "returned 7.0: a probability lies in [0, 1]"]
+
+
+def test_what_was_paid_for_is_kept(tmp_path):
+    rows = [{"prompt": f"p{i}", "chosen": "good", "rejected": "bad"} for i in range(5)]
+    path = write(tmp_path / "in.jsonl", *rows)
+    with served_model() as url:
+        overrides = [f"judge.client={{kind: openai, model: m, base_url: '{url}'}}"]
+        options = read_judge("llm_pairwise", overrides)
+        first = label(path, options, tmp_path / "out.parquet")
+    again = label(path, options, tmp_path / "out.parquet")  # nobody answers any more
+    assert again.table.equals(first.table)
+    assert (first.counts["calls"], first.counts["tokens"]) == (10, 110)
+    assert (again.counts["calls"], again.counts["cached"]) == (0, 5)
+    assert set(first.table.column("outcome").to_pylist()) <= {"preference", "tie"}
+    assert summary(first).row_count > 4
+
+
+def test_a_budget_ends_it_and_a_larger_one_goes_on(tmp_path):
+    rows = [{"prompt": "p", "completion": f"text {i}"} for i in range(300)]
+    path = write(tmp_path / "in.jsonl", *rows)
+    command = ["label", str(path), "--judge", "sentiment", "--out", str(tmp_path / "o.parquet")]
+    from judges.budget import BudgetSpent
+
+    stopped = CliRunner().invoke(app, [*command, "judge.budget.labels=260"])
+    assert isinstance(stopped.exception, BudgetSpent)
+    assert not (tmp_path / "o.parquet").exists()
+    done = CliRunner().invoke(app, [*command, "judge.budget.labels=300"])
+    assert done.exit_code == 0, done.output
+    assert pq.read_table(tmp_path / "o.parquet").num_rows == 300
+
+
+@pytest.mark.parametrize(
+    ("row", "judge", "said"),
+    [
+        ({"completion": "c"}, "sentiment", "the prompt is null"),
+        ({"prompt": "p", "completon": "c"}, "sentiment", "row 1: completion (did you mean"),
+        ({"prompt": "p", "completion": "c"}, "llm_pairwise", "judge.client: llm_pairwise asks"),
+        ({"prompt": "p", "completion": "c"}, "vote", "judge.args: vote needs members"),
+        ({"prompt": "p", "completion": "c"}, "implicit_reward", "there is no policy in training"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, row, judge, said):
+    path = write(tmp_path / "in.jsonl", row)
+    with pytest.raises(UserError, match=r"^[^\n]*$") as mistake:
+        label(path, read_judge(judge), tmp_path / "out.parquet")
+    assert said in str(mistake.value)
+
+
+def test_a_judge_that_compares_needs_pairs(tmp_path):
+    path = write(tmp_path / "in.jsonl", {"prompt": "p", "completion": "c"})
+    options = read_judge("vote", ["judge.args={members: [sentiment, polarity]}"])
+    with pytest.raises(UserError, match="vote compares, and these rows have one completion each"):
+        label(path, options, tmp_path / "out.parquet")
+
+
+def test_a_judge_may_be_that_of_a_config(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "def fn(completions, k=1):\n    return [k] * len(completions)\n"
+    )
+    (tmp_path / "c.yaml").write_text('judge: {name: "mine.py:fn", args: {k: 2}}\nrun: {name: x}\n')
+    path = write(tmp_path / "in.jsonl", {"prompt": "p", "completion": "c"})
+    assert labelled(tmp_path, path, str(tmp_path / "c.yaml"))[0]["score"] == 2.0
+    found = labelled(tmp_path, path, str(tmp_path / "c.yaml"), "judge.args.k=3")
+    assert found[0]["score"] == 3.0
