@@ -192,8 +192,15 @@ def _construct(
 
 
 def _contents(value: Any) -> Any:
-    """The same, with a digest of the content beside each string that names a file."""
+    """The same, with a digest of the content beside each string that names a file or directory.
+
+    A directory's is of its files' names, sizes and times: models are large.
+    """
     match value:
+        case str() if os.path.isdir(value):
+            stats = [(entry.name, entry.stat()) for entry in os.scandir(value) if entry.is_file()]
+            found = sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
+            return [value, hashlib.sha256(repr(found).encode()).hexdigest()]
         case str() if os.path.isfile(value):
             return [value, hashlib.sha256(Path(value).read_bytes()).hexdigest()]
         case Mapping():
