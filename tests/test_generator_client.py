@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from judges.calls import CallLimits, Calls
 from judges.completing import Ask, Reply
 from judges.errors import UserError
 from judges.model_clients import LocalClientOptions, PolicyClientOptions
@@ -18,7 +20,7 @@ from judges.options import AskOptions
 from pipeline import job
 from pipeline.ledger import Ledger
 from tests import tiny
-from workers.judge_clients import build_panel
+from workers.judge_clients import build_desk, build_panel
 from workers.models.load import load_policy
 from workers.options import PolicyOptions
 
@@ -43,11 +45,12 @@ def ask(*words: str, max_tokens: int = 5, **rest: float) -> Ask:
     return Ask(messages, max_tokens=max_tokens, **rest)  # type: ignore[arg-type]
 
 
-def replies_of(model: Path, asks: list[Ask], kind: str = "transformers") -> list[Reply]:
-    from workers.judge_clients import build_desk
-
+def replies_of(
+    model: Path, asks: list[Ask], kind: str = "transformers", **options: Any
+) -> list[Reply]:
     build = build_desk(Path("/nowhere")).build_client
-    complete = build(LocalClientOptions(kind=kind, model=str(model)), None, None)  # type: ignore[arg-type]
+    client = LocalClientOptions(kind=kind, model=str(model), **options)  # type: ignore[arg-type]
+    complete = build(client, Calls(CallLimits()), None)
     return asyncio.run(complete(asks))  # type: ignore[arg-type]
 
 

@@ -58,6 +58,7 @@ class VllmGenerator:
         self._sampling = sampling
         self._in_flight = options.in_flight_updates
         self._engine = build_engine(policy, options)
+        self._engine.set_weight_version(str(self.version))
         location = resolve_model(policy.model)
         self._tokenizer = AutoTokenizer.from_pretrained(location)
         self._endings: Endings = endings_of(location, self._tokenizer, sampling)
