@@ -19,6 +19,9 @@ from judges.errors import UserError
 
 FORM = "path/to/file.py:name or installed.module:name"
 
+SHIPPED: dict[str, bytes] = {}
+"""Plug-in files of the machine that the run was started on, by absolute path."""
+
 
 def is_plugin(spec: str) -> bool:
     """Whether a config value names a plug-in rather than a built-in."""
@@ -51,6 +54,12 @@ def resolve_plugin_path(spec: str, base: Path, *, key: str = "plug-in") -> str:
         f"{key}={spec}: no file {Path(location).name} in {looked}: "
         "write its path relative to the config, or in full"
     )
+
+
+def plugin_files(specs: Iterable[str]) -> dict[str, bytes]:
+    """The files that these specs name, to be ``SHIPPED`` to where they are loaded."""
+    paths = {spec.rpartition(":")[0] for spec in specs if is_plugin(spec)}
+    return {path: Path(path).read_bytes() for path in paths if os.path.isfile(path)}
 
 
 def load_plugin(spec: str, *, key: str) -> Callable[..., Any]:
@@ -124,7 +133,8 @@ def _is_file(location: str) -> bool:
 
 def _load_file(location: str, spec: str, key: str) -> ModuleType:
     path = os.path.abspath(os.path.expanduser(location))
-    if not os.path.isfile(path):
+    shipped = None if os.path.isfile(path) else SHIPPED.get(path)
+    if shipped is None and not os.path.isfile(path):
         raise UserError(f"{key}={spec}: no file {path}: correct the path")
     module_name = f"_freshpairs_plugin_{hashlib.sha256(path.encode()).hexdigest()[:16]}"
     if module_name in sys.modules:
@@ -135,7 +145,10 @@ def _load_file(location: str, spec: str, key: str) -> ModuleType:
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_name] = module  # dataclasses and pickle look their module up while it runs
     try:
-        module_spec.loader.exec_module(module)
+        if shipped is None:
+            module_spec.loader.exec_module(module)
+        else:
+            exec(compile(shipped, path, "exec"), module.__dict__)
     except Exception as error:
         del sys.modules[module_name]
         raise UserError(_import_failed(error, spec, key)) from error

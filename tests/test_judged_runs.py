@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 import textwrap
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import numpy as np
 import pytest
 import torch
@@ -17,6 +20,7 @@ from safetensors.torch import load_file
 from judges.errors import UserError
 from pipeline import job, resampling
 from pipeline.config import Config
+from pipeline.launch.crew import plan_crew
 from pipeline.ledger import Ledger
 from pipeline.resampling import Dial
 from pipeline.stopping import Stopped
@@ -201,6 +205,64 @@ def test_a_stuck_worker_is_replaced_on_ray(tiny_model: Path, tmp_path: Path) -> 
     assert len(others) == 2
     for round_ in others:
         assert all(np.isfinite(group.judgement.scores).all() for group in round_.groups)
+
+
+def test_a_judges_file_reaches_a_machine_that_has_not_got_it(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    cfg = config(tiny_model, tmp_path, SLOW, judge={"args": {"seconds": 0}})
+    plan = plan_crew(cfg, 1, 1)
+    (tmp_path / "mine.py").unlink()
+    program = (
+        "import pickle, sys\n"
+        "import cloudpickle\n"
+        "from workers.generator import SampledUnit\n"
+        "panel = pickle.loads(open(sys.argv[1], 'rb').read()).build()\n"
+        "print(panel.check([]))\n"
+    )
+    (tmp_path / "plan").write_bytes(cloudpickle.dumps(plan.judges[0]))
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "plan")],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.stdout.strip() == str({f"{tmp_path}/mine.py:score": False}), done.stderr
+
+
+DYING_ONCE = """
+import os, pathlib
+
+def score(prompts, completions, marker):
+    path = pathlib.Path(marker)
+    if path.exists():
+        path.unlink()
+        os.kill(os.getpid(), 9)
+    return [float(len(set(c.split()))) + i / 100 for i, c in enumerate(completions)]
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rounds_in_flight", [0, 1])
+def test_a_judge_worker_that_dies_changes_nothing(
+    tiny_model: Path, tmp_path: Path, rounds_in_flight: int
+) -> None:
+    ends = []
+    for name in ("whole", "struck"):
+        cfg = config(
+            tiny_model,
+            tmp_path,
+            DYING_ONCE,
+            run={"name": "tiny", "dir": str(tmp_path / name), "updates": 4},
+            resampling={"rounds_in_flight": rounds_in_flight, "updates_per_round": 2},
+            judge={"args": {"marker": str(tmp_path / "marker")}, "replicas": 2},
+            cluster={"address": "local"},
+        )
+        if name == "struck":
+            (tmp_path / "marker").touch()
+        job.run(cfg, quiet=True)
+        assert not (tmp_path / "marker").exists()
+        ends.append(cfg.run_dir)
+    assert_same_weights(*ends)
+    assert tiny.records(ends[0]) == tiny.records(ends[1])
 
 
 COUNTING = """

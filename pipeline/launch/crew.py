@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from judges.options import AskOptions
+from judges.plugins import plugin_files
 from pipeline.config import Config
 from pipeline.handles import Handle
 
@@ -85,9 +86,13 @@ def plan_crew(cfg: Config, generator_threads: int, learner_threads: int) -> Crew
             gap_clip=cfg.generator.gap.weight_clip,
         )
 
+    files = plugin_files(judge.name for judge in judges_of(cfg).values())
+
     def judge() -> Any:
+        from judges.plugins import SHIPPED
         from workers.judge_clients import build_panel
 
+        SHIPPED.update(files)  # another machine has not got them
         return build_panel(
             judges_of(cfg),
             folder=cfg.run_dir,
