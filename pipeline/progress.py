@@ -151,6 +151,8 @@ class Progress:
         if self._rows % ROWS_PER_HEADING == 0:
             self._print(Text(_row(COLUMNS), style="bold"))
         self._print(Text(_row(cells)))
+        if told := _judging(record.get("judging", {})):
+            self._print(Text(f"   judge: {told}", style="yellow"))
         self._rows += 1
         self._round_start = now
         self._accuracies.clear()
@@ -195,6 +197,19 @@ def _console() -> Console:
 
 def _row(cells: Any) -> str:
     return "".join(f"{cell:>{width}}" for cell, width in zip(cells, COLUMNS.values(), strict=True))
+
+
+def _judging(found: Mapping[str, Any]) -> str:
+    """What a person should know of how a round was judged; empty where all is well and free."""
+    parts = []
+    if invalid := found.get("invalid"):
+        asked = invalid + found["valid"]
+        parts.append(f"{invalid} of {asked} answers INVALID (the ledger has the reasons)")
+    if flip_rate := found.get("flip_rate"):
+        parts.append(f"{flip_rate:.0%} changed with the order")
+    if usd := found.get("usd"):
+        parts.append(f"{usd:.4f} dollars")
+    return ", ".join(parts)
 
 
 def _count(count: int) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from pipeline.progress import Progress
+from pipeline.progress import Progress, _judging
 
 DROPPED = {"tie": 1, "invalid": 2, "identical": 0, "margin": 0, "truncated": 1}
 
@@ -197,3 +197,19 @@ def test_a_terminal_shows_a_bar_and_takes_it_away() -> None:
     assert "(start 0.29)," in shown
     assert re.search(r"\x1b\[2K    \S*win rate 0.61", shown)
     assert shown.endswith("\x1b[?25h\r\x1b[1A\x1b[2K")  # the cursor shown, the bar erased
+
+
+@pytest.mark.parametrize(
+    ("judging", "told"),
+    [
+        ({}, None),
+        ({"valid": 64, "invalid": 0, "flip_rate": None, "usd": 0}, None),
+        (
+            {"valid": 51, "invalid": 13, "flip_rate": 0.25, "usd": 0.01234},
+            "judge: 13 of 64 answers INVALID (the ledger has the reasons), 25% changed with the "
+            "order, 0.0123 dollars",
+        ),
+    ],
+)
+def test_a_round_tells_what_its_judge_did_not_say(judging: dict[str, Any], told: str | None):
+    assert (_judging(judging) or None) == (None if told is None else told.removeprefix("judge: "))
