@@ -49,6 +49,9 @@ BUILT_IN: Mapping[str, str] = {
 }
 """Where each is defined: loaded when it is asked for, as it may need torch."""
 
+OF_COMPLETIONS = ("prompt_ids", "completion_ids")
+"""What a run tells a judge of each completion besides its text, if it reads it."""
+
 NOTHING: Mapping[str, Callable[[], Any]] = MappingProxyType({})
 
 TEXTS = ("prompts", "completions", "first", "second")
@@ -94,7 +97,7 @@ class Judge:
                     f"{self.key}={self.name}: it needs {name}, which only TRL's trainers have: "
                     f"give that parameter a default, {name}=None"
                 )
-            if name not in columns:
+            if name not in (*columns, *OF_COMPLETIONS):
                 raise UserError(
                     f"{self.key}={self.name}: it needs the column {name}, and the prompts have "
                     f"{', '.join(columns) or 'no columns'}{nearest(name, columns)}: "

@@ -534,15 +534,19 @@ def test_nothing_that_it_raises_ends_the_run(make, timeout, asks_itself, error, 
 
 def test_who_is_cancelled_is_cancelled(hang):
     async def stop() -> None:
-        asking = asyncio.create_task(mine.ask(questions("a")))
+        asking = asyncio.create_task(mine.ask(questions("a", "b")))
         await asyncio.sleep(SOON)
-        asking.cancel()
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        assert all(task.cancelled() for task in tasks)
         await asking
 
     for function in (sync(hang), polite_async(hang)):
-        mine = asker(function, timeout=PATIENCE)
+        mine = asker(function, timeout=PATIENCE, batch_size=1)
         with pytest.raises(asyncio.CancelledError):
-            asyncio.run(asyncio.wait_for(stop(), PATIENCE))
+            asyncio.run(stop())
 
 
 def test_in_a_running_loop():
@@ -722,7 +726,8 @@ def test_generators_are_no_lists():
     assert reasons(asker(streaming), "a") == ["returned a async_generator for 1 completions"]
 
 
-def test_a_failed_call_is_invalid_alone():
+@pytest.mark.parametrize("asks_itself", [False, True])
+def test_a_failed_call_is_invalid_alone(asks_itself):
     def judge(completions, **_):
         match completions:
             case ["raises", _]:
@@ -731,7 +736,7 @@ def test_a_failed_call_is_invalid_alone():
                 return [1.0]
         return [length(text) for text in completions]
 
-    mine = asker(judge, batch_size=2)
+    mine = asker(judge, batch_size=2, asks_itself=asks_itself)
     scores = ask(mine, questions("raises", "a", "bb", "ccc", "few", "d", "e", "ff"))
     assert [score.value for score in scores] == [None, None, 2.0, 3.0, None, None, 1.0, 2.0]
     [raised] = {score.reason for score in scores[:2]}
