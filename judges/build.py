@@ -49,9 +49,6 @@ BUILT_IN: Mapping[str, str] = {
 }
 """Where each is defined: loaded when it is asked for, as it may need torch."""
 
-OF_COMPLETIONS = ("prompt_ids", "completion_ids")
-"""What a run tells a judge of each completion besides its text, if it reads it."""
-
 NOTHING: Mapping[str, Callable[[], Any]] = MappingProxyType({})
 
 TEXTS = ("prompts", "completions", "first", "second")
@@ -87,17 +84,20 @@ class Judge:
         """Whether it is given that column of the prompts."""
         return column not in self.bound and (self.accepts is None or column in self.accepts)
 
-    def require(self, columns: Collection[str]) -> None:
-        """Raise UserError for a column that its or a member's signature needs and prompts lack."""
+    def require(self, columns: Collection[str], given: Collection[str] = ()) -> None:
+        """Raise UserError for a column that its or a member's signature needs and prompts lack.
+
+        ``given`` are there besides the prompts' own.
+        """
         for member in self.members:
-            member.require(columns)
+            member.require(columns, given)
         for name in self.needs:
             if name not in columns and name in OF_TRAINERS:
                 raise UserError(
                     f"{self.key}={self.name}: it needs {name}, which only TRL's trainers have: "
                     f"give that parameter a default, {name}=None"
                 )
-            if name not in (*columns, *OF_COMPLETIONS):
+            if name not in (*columns, *given):
                 raise UserError(
                     f"{self.key}={self.name}: it needs the column {name}, and the prompts have "
                     f"{', '.join(columns) or 'no columns'}{nearest(name, columns)}: "

@@ -56,7 +56,7 @@ class JudgeWorker:
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Raise UserError if the judge needs a column that none of these prompts has."""
-        self._asker.judge.require(_columns(prompts))
+        self._asker.judge.require(_columns(prompts), OF_COMPLETIONS)
 
     @property
     def compares(self) -> bool:
@@ -199,6 +199,10 @@ def largest(values: Sequence[float], count: int) -> frozenset[int]:
     """The indices of the ``count`` largest values; of equals, the first."""
     order = sorted(range(len(values)), key=lambda index: (-values[index], index))
     return frozenset(order[:count])
+
+
+OF_COMPLETIONS = ("prompt_ids", "completion_ids")
+"""What a judge is given of each completion besides the text, if its signature takes it."""
 
 
 def _question(
