@@ -512,7 +512,7 @@ def test_a_column_that_a_member_needs_is_asked_for_before_anything_is(tmp_path):
         place = rf"judge\.args\.{place}\.args\.members\[0\]"
         line = (
             rf"^{place}\.name={HERE}:answer_length: it needs the column answer, and the prompts "
-            rf"have answers, .* \(did you mean answers\?\): add the column, or give "
+            rf"have answers \(did you mean answers\?\): add the column, or give "
             rf"{place}\.args\.answer$"
         )
         worker = worker_of(name=whole, args=args)
