@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import inspect
 import itertools
 import math
@@ -17,7 +18,7 @@ from judges.cache import Cache, Keep, content_key
 from judges.calls import CallFailed, CallLimits, Calls
 from judges.errors import UserError
 from judges.functions import Functions, TimedOut
-from judges.interface import Score, Text
+from judges.interface import Score, Text, as_probability
 
 T = TypeVar("T")
 
@@ -60,7 +61,7 @@ class Asker:
         self.counts = counts
         self._batch_size = batch_size
         self._limits = limits or CallLimits()
-        # The deadline is that of a function, which is not called again while it hangs.
+        # The deadline is that of a function, which cannot be cancelled as a request can.
         self._calls = None if limits is None else Calls(replace(limits, timeout=None), self.counts)
         self._functions = functions
         self._cache = cache
@@ -87,7 +88,7 @@ class Asker:
 
     def stuck(self) -> bool:
         """Whether a call that was given up still runs, as long again after its deadline."""
-        return self._functions.stuck(self._limits.timeout or 0.0)
+        return self._functions.stuck()
 
     async def _known_or_asked(self, questions: Sequence[Question]) -> list[Score]:
         if self._cache is None:
@@ -118,18 +119,21 @@ class Asker:
     async def _ordered(self, questions: Sequence[Question], hear: Hear) -> list[Score]:
         if self._account is None:
             return await self._asked(questions, hear)
-        had = 0
+        keys = [self._key(question) for question in questions]
+        ordered = set(self._account.unpaid(keys))
+        had: set[str] = set()
 
         def count(start: int, scores: Sequence[Score]) -> None:
-            nonlocal had
-            had += sum(score.value is not None for score in scores)
+            said = zip(keys[start : start + len(scores)], scores, strict=True)
+            had.update(key for key, score in said if score.value is not None)
             hear(start, scores)
 
-        self._account.order(len(questions))
+        self._account.order(len(ordered))
         try:
             return await self._asked(questions, count)
         finally:
-            self._account.give_back(len(questions) - had)
+            self._account.pay(ordered & had)
+            self._account.give_back(len(ordered - had))
 
     async def _asked(self, questions: Sequence[Question], hear: Hear) -> list[Score]:
         self.counts["asked"] += len(questions)
@@ -151,7 +155,8 @@ class Asker:
         try:
             returned = await self._called(ask)
             unit = "comparisons" if self.judge.compares else "completions"
-            return _read(returned, len(batch), unit)
+            scores = _read(returned, len(batch), unit)
+            return [as_probability(s) for s in scores] if self.judge.compares else scores
         except (UserError, BudgetSpent):
             raise
         # A judge may fail in any way, and all are INVALID: it ends neither the run nor this task.
@@ -161,6 +166,11 @@ class Asker:
             reason = _text(error) if isinstance(error, CallFailed) else _told(error)
             return [Score(None, reason)] * len(batch)
 
+    async def _left_behind(self) -> bool:
+        """Whether a call that was given up runs on, as long again: one at a time was asked for."""
+        wait = functools.partial(self._functions.stuck, self._limits.timeout or 0.0)
+        return self._limits.timeout is not None and await asyncio.to_thread(wait)
+
     async def _called(self, ask: Callable[[], Any]) -> Any:
         if self._calls is None:
             returned = ask()
@@ -168,6 +178,8 @@ class Asker:
         limits = self._limits
 
         async def call() -> Any:
+            if limits.concurrency == 1 and await self._left_behind():
+                raise CallFailed("not asked: the call before it still runs")
             try:
                 return await self._functions.call(
                     ask, timeout=limits.timeout, threads=limits.concurrency > 1

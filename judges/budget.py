@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,12 @@ CREATE TABLE IF NOT EXISTS spent (
     labels INTEGER NOT NULL,
     tokens INTEGER NOT NULL,
     usd REAL NOT NULL
-)
+);
+CREATE TABLE IF NOT EXISTS paid (
+    judge TEXT NOT NULL,
+    key TEXT NOT NULL,
+    PRIMARY KEY (judge, key)
+) WITHOUT ROWID
 """
 
 
@@ -92,6 +98,24 @@ class Account:
         """Labels that were ordered and not had: their questions failed."""
         with self._database.transaction(write=True) as connection:
             self._add(connection, labels=-labels)
+
+    def unpaid(self, keys: Iterable[str]) -> list[str]:
+        """Those of the questions that were not paid for, each once: asking again is free."""
+        with self._database.transaction() as connection:
+            return [
+                key
+                for key in dict.fromkeys(keys)
+                if not connection.execute(
+                    "SELECT 1 FROM paid WHERE judge = ? AND key = ?", (self._judge, key)
+                ).fetchone()
+            ]
+
+    def pay(self, keys: Iterable[str]) -> None:
+        """Remember that these questions were ordered and had."""
+        with self._database.transaction(write=True) as connection:
+            connection.executemany(
+                "INSERT OR IGNORE INTO paid VALUES (?, ?)", [(self._judge, key) for key in keys]
+            )
 
     def check(self) -> None:
         """Raise BudgetSpent where tokens or money are used up."""

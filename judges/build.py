@@ -140,7 +140,7 @@ def build_judge(
             f"write {', '.join(BUILT_IN)}, {FORM}"
         )
     plugin = load_plugin(BUILT_IN.get(name, name), key=key)
-    identity = (name, _contents(dict(args)), _contents(name.rpartition(":")[0]))
+    identity = (name, contents(dict(args)), contents(name.rpartition(":")[0]))
     took: frozenset[str] = frozenset()
     if inspect.isclass(plugin):
         instance, took = _construct(plugin, args, name, key, offered)
@@ -191,10 +191,15 @@ def _construct(
     taken = {n: offered[n]() for n in open_ if n in offered}
     if missing := [n for n in required(open_) if n not in taken]:
         raise UserError(f"{args_key(key)}: {name} needs {', '.join(missing)}: give it there")
-    return plugin(**args, **taken), frozenset(taken)
+    try:
+        return plugin(**args, **taken), frozenset(taken)
+    except (TypeError, AttributeError, ValueError) as error:
+        if name not in BUILT_IN or isinstance(error, UserError):
+            raise
+        raise UserError(f"{args_key(key)}: {name}: {' '.join(str(error).split())}") from error
 
 
-def _contents(value: Any) -> Any:
+def contents(value: Any) -> Any:
     """The same, with a digest of the content beside each string that names a file or directory.
 
     A directory's is of its files' names, sizes and times: models are large.
@@ -207,9 +212,9 @@ def _contents(value: Any) -> Any:
         case str() if os.path.isfile(value):
             return [value, hashlib.sha256(Path(value).read_bytes()).hexdigest()]
         case Mapping():
-            return {str(key): _contents(item) for key, item in value.items()}
+            return {str(key): contents(item) for key, item in value.items()}
         case list() | tuple():
-            return [_contents(item) for item in value]
+            return [contents(item) for item in value]
     return value
 
 

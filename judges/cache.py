@@ -185,7 +185,8 @@ class Database:
                     raise sqlite3.DatabaseError("an SQLite file of something else")
                 if not tables:
                     connection.execute(f"PRAGMA application_id = {_OURS}")
-                connection.execute(self._schema)
+                for statement in self._schema.split(";"):
+                    connection.execute(statement)
         except BaseException:
             connection.close()
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
@@ -11,6 +12,13 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 OPENAI = "https://api.openai.com/v1"
 OURS = frozenset({"model", "messages", "n", "stream"})
 """What a request says that ``extra_body`` may not change: the reply would not be read right."""
+
+
+def without_secrets(text: str) -> str:
+    """The text of a value, as it may be shown: without a password or query of an address in it."""
+    if "://" in text:
+        text = re.sub(r"\?\S*", "?…", text)
+    return re.sub(r"//.*@|\S+:\S*@", "…@", text)
 
 
 class OpenAIOptions(BaseModel):

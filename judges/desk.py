@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -10,13 +11,14 @@ from typing import Any, TypeAlias
 
 from judges.asking import Asker
 from judges.budget import Account, BudgetOptions
-from judges.build import Judge, build_judge
+from judges.build import Judge, build_judge, contents
 from judges.cache import Cache
 from judges.calls import Calls
+from judges.client_options import OpenAIOptions
 from judges.completing import Complete
 from judges.errors import UserError
 from judges.functions import Functions
-from judges.kept_replies import KeptReplies
+from judges.kept_replies import TOGETHER, KeptReplies
 from judges.model_clients import ClientOptions, PolicyClientOptions
 from judges.options import AUTO, OFF, AskOptions
 from judges.plugins import args_key
@@ -26,6 +28,9 @@ OVER_HTTP = frozenset({"calls", "complete"})
 
 OF_MEMBERS = ("cache", "calls_per_minute", "concurrency", "retries", "timeout")
 """What is said of each member of a judge that asks others, not of itself."""
+
+KEPT_TOGETHER = 32
+"""Questions to a judge that asks over HTTP whose answers are kept at once: a stop loses no more."""
 
 BuildClient: TypeAlias = Callable[[ClientOptions, Calls, Account | None], Complete]
 
@@ -86,12 +91,13 @@ class Desk:
             cache = self._cache(options, True, budget)
             if cache is None:
                 return client
-            return KeptReplies(client, cache, _asked_model(options.client))
+            together = 1 if isinstance(options.client, OpenAIOptions) else TOGETHER
+            return KeptReplies(client, cache, _asked_model(options.client), together)
 
         offered: Mapping[str, Callable[[], Any]] = {
             "calls": lambda: calls,
             "complete": complete,
-            "store": lambda: str((self.folder or Path()) / f"{options.name}.sqlite"),
+            "store": lambda: str((self.folder or Path()) / store_name(options)),
             "ask_member": lambda: ask_member,
             "args_key": lambda: args_key(key),
         }
@@ -111,7 +117,7 @@ class Desk:
         own = options.limits(over_http=False).shared_by(self.replicas)
         return Asker(
             judge,
-            batch_size=options.batch_size,
+            batch_size=options.batch_size or (KEPT_TOGETHER if "calls" in judge.took else None),
             limits=None if asks_itself else own,
             functions=self.functions,
             cache=None if members else self._cache(options, bool(judge.took & OVER_HTTP), budget),
@@ -138,7 +144,13 @@ class Desk:
         return Account(self.folder / "judge.sqlite", options.title, budget)
 
 
+def store_name(options: AskOptions) -> str:
+    """Of the file that a judge may keep for itself."""
+    return re.sub(r"\W+", "-", Path(options.title).name).strip("-") + ".sqlite"
+
+
 def _asked_model(client: ClientOptions) -> dict[str, Any]:
     """What of a client's options its answers depend on."""
     paid = {"usd_per_million_input", "usd_per_million_output", "api_key_env"}
-    return client.model_dump(exclude=paid)
+    found = client.model_dump(exclude=paid)
+    return found | {"model": contents(found["model"])} if "model" in found else found

@@ -28,6 +28,7 @@ class Functions:
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._left: list[Ended] = []
+        self._longest = 0.0
 
     async def call(
         self, function: Callable[[], Any], *, timeout: float | None, threads: bool
@@ -38,6 +39,7 @@ class Functions:
         caller's, where it may use signals and ``asyncio.run``. Raises TimedOut at the deadline:
         what it awaits is cancelled then.
         """
+        self._longest = max(self._longest, timeout or 0.0)
         deadline = asyncio.timeout(timeout)
         try:
             async with deadline:
@@ -53,9 +55,13 @@ class Functions:
                 raise
             raise TimedOut(f"timed out after {timeout:g} s") from error
 
-    def stuck(self, seconds: float) -> bool:
-        """Whether a function that was left behind is still at it ``seconds`` from now."""
-        _, still_running = concurrent.futures.wait(self._left, timeout=seconds)
+    def stuck(self, seconds: float | None = None) -> bool:
+        """Whether a function that was left behind is still at it ``seconds`` from now.
+
+        None: as many as the longest time that any was given.
+        """
+        patience = self._longest if seconds is None else seconds
+        _, still_running = concurrent.futures.wait(self._left, timeout=patience)
         self._left = list(still_running)
         return bool(self._left)
 

@@ -91,6 +91,13 @@ class Verdict:
         return Verdict(self.outcome, 1.0 - self.first_better)
 
 
+def as_probability(score: Score) -> Score:
+    """A comparing judge's answer; a number outside [0, 1] is INVALID."""
+    if score.value is None or 0.0 <= score.value <= 1.0:
+        return score
+    return Score(None, f"returned {score.value}: a probability lies in [0, 1]")
+
+
 def text_of(content: Text) -> str:
     """The words of a prompt or completion: chat messages' contents joined by newlines."""
     if isinstance(content, str):

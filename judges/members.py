@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, get_args
 
 from pydantic import Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from judges.asking import Asker, Question
 from judges.cache import content_key
+from judges.client_options import without_secrets
 from judges.errors import UserError
 from judges.interface import Score, Text
-from judges.model_clients import PolicyClientOptions
+from judges.model_clients import ClientOptions, PolicyClientOptions
 from judges.options import AskOptions
 from judges.plugins import nearest
 
@@ -129,7 +130,7 @@ def _line(kind: type[Options], key: str, mistake: ErrorDetails) -> str:
         last = str(step)
     match mistake["type"]:
         case "extra_forbidden":
-            known = kind.model_fields if len(mistake["loc"]) == 1 else ()
+            known = _known(kind, mistake["loc"])
             return f"{place}: unknown key{nearest(last, known)}: leave it out, or correct it"
         case "missing":
             return f"{place}: missing: give it there"
@@ -141,6 +142,17 @@ def _line(kind: type[Options], key: str, mistake: ErrorDetails) -> str:
     return f"{place}={_shown(mistake['input'])}: must be {needed}"
 
 
+def _known(kind: type[Options], location: tuple[int | str, ...]) -> Iterable[str]:
+    """The keys that may stand where an unknown one was found, as far as is known."""
+    match location:
+        case (_,):
+            return kind.model_fields
+        case ("client", tag, _):
+            _, union = get_args(ClientOptions)
+            return list(union.branches[tag].model_fields)
+    return ()
+
+
 def _shown(value: object) -> str:
-    text = " ".join(str(value).split())
+    text = without_secrets(" ".join(str(value).split()))
     return text if len(text) <= 60 else f"{text[:57]}…"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -93,11 +94,19 @@ def is_implicit(judge: AskOptions) -> bool:
     return judge.name == "implicit_reward" and "policy" not in judge.args
 
 
-def _has_prices(client: ClientOptions | None, args: dict[str, Any]) -> bool:
-    """Whether the client's prices are told, or those of a member's client."""
+def _served_clients(client: object, args: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """The clients over HTTP of a judge and, where it has any, of its members."""
     if isinstance(client, OpenAIOptions):
-        return None not in (client.usd_per_million_input, client.usd_per_million_output)
-    return "usd_per_million_input" in str(args)
+        yield client.model_dump()
+    elif isinstance(client, Mapping) and client.get("kind") == "openai":
+        yield client
+    members = args.get("members")
+    for member in [*(members if isinstance(members, list) else []), args.get("judge")]:
+        if isinstance(member, Mapping):
+            inner = member.get("args")
+            yield from _served_clients(
+                member.get("client"), inner if isinstance(inner, Mapping) else {}
+            )
 
 
 def _named(value: Any) -> Any:
@@ -117,7 +126,10 @@ class JudgeOptions(AskOptions):
         "bradley_terry = σ(difference / link_temperature); sampled = a draw from that",
     )
     link_temperature: float = Field(
-        default=1.0, gt=0, description="Difference of two scores that counts as one logit"
+        default=1.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Difference of two scores that counts as one logit",
     )
     max_invalid_share: float = Field(
         default=0.5,
@@ -147,11 +159,20 @@ class JudgeOptions(AskOptions):
 
     @model_validator(mode="after")
     def _budget_fits(self) -> JudgeOptions:
-        if self.budget.usd is not None and not _has_prices(self.client, self.args):
+        clients = list(_served_clients(self.client, self.args))
+        prices = ("usd_per_million_input", "usd_per_million_output")
+        priced = all(client.get(price) is not None for client in clients for price in prices)
+        if self.budget.usd is not None and not (clients and priced):
             raise ValueError(
                 "budget.usd: needs prices: give client.usd_per_million_input and "
                 "client.usd_per_million_output"
             )
+        if self.budget.tokens is not None and not clients:
+            raise ValueError(
+                f"budget.tokens: {self.name} counts none: a client {{kind: openai, …}} does"
+            )
+        if self.budget.labels is not None and self.cache == OFF:
+            raise ValueError("cache: off: a budget of labels counts a question once: keep answers")
         if self.select is not None and self.budget.labels is None:
             raise ValueError("select: spreads budget.labels over the run: give it a number")
         if self.select_by and self.select != "uncertainty":

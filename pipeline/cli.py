@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -84,7 +85,9 @@ def evaluate(
     """Compare a finished run's policy with its starting model again, e.g. by another judge."""
     from pipeline.run_directory import read_run_config
 
-    alone = [] if judge is None else [f"judge={{name: {judge}}}", "evaluation.judges=[]"]
+    alone = (
+        [] if judge is None else [f"judge={{name: {json.dumps(judge)}}}", "evaluation.judges=[]"]
+    )
     cfg, _ = read_run_config(run_dir, [*alone, *(overrides or [])])
     _one_process_environment(cfg.cluster.address)
     from pipeline import job
@@ -102,20 +105,30 @@ def label(
     judge: Annotated[
         str, typer.Option("--judge", help="A name, path/to/file.py:name, or a config.yaml.")
     ],
-    out: Annotated[Path, typer.Option("--out", help="File to write: .parquet.")],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="[judge.KEY=VALUE]…", help="The judge's options, as in a config."),
     ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="File to write; else FILE.labels.parquet.")
+    ] = None,
 ) -> None:
     """Try a judge: ask it about a file of completions or pairs, and write what it says."""
+    from judges.options import AUTO, OFF
     from pipeline.judge_config import read_judge
 
     options = read_judge(judge, overrides or [])
     _one_process_environment("inline")
     from pipeline.label import label, summary
 
-    labelled = label(file, options, out, say=lambda line: typer.echo(line, err=True))
+    out = out or file.parent / f"{file.stem}.labels.parquet"
+    try:
+        labelled = label(file, options, out, say=lambda line: typer.echo(line, err=True))
+    except KeyboardInterrupt:
+        place = out.with_suffix(".judge") if options.cache in (AUTO, OFF) else Path(options.cache)
+        kept = f"what was answered and cached is kept in {place}"
+        _complain(f"stopped: {kept if place.exists() else 'no answer was kept'}; run this again")
+        raise typer.Exit(EXIT_STOPPED) from None
     Console().print(summary(labelled))
     typer.echo(f"written to {out}")
 

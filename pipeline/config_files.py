@@ -45,6 +45,8 @@ def judge_files(judge: AskOptions, base: Path, key: str) -> dict[str, Any]:
         "name": _plugin(judge.name, base, f"{key}.name"),
         "args": _arg_files(judge.args, base, f"{key}.args"),
     }
+    if judge.name == "human" and isinstance(store := judge.args.get("store"), str):
+        found["args"]["store"] = str(Path(store).expanduser().absolute())
     if judge.cache not in (AUTO, OFF):
         found["cache"] = str(Path(judge.cache).expanduser().absolute())
     if isinstance(judge.client, LocalClientOptions):

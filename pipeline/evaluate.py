@@ -25,6 +25,7 @@ from pipeline.sync import WeightSync
 from workers.generator import SampledUnit
 from workers.judge_worker import prompt_text
 from workers.messages import BatchCompletion, Completion, Judgement, Prompt, UpdateBatch
+from workers.verdicts import asked_of
 
 
 class Evaluator:
@@ -102,7 +103,7 @@ class Evaluator:
         judgements = {judge: self._judgements(judge, scored) for judge in self._names}
         self._write(self._path(learner.version), scored, judgements)
         return [
-            {"judge": judge, **asdict(self._compare(found)), **measures}
+            {"judge": judge, **asdict(self._compare(found)), **invalid_reason(found), **measures}
             for judge, found in judgements.items()
         ]
 
@@ -158,6 +159,20 @@ class Evaluator:
         partial = path.with_suffix(".partial")
         pq.write_table(pa.table(columns), partial)
         os.replace(partial, path)
+
+
+def invalid_reason(judgements: Sequence[Judgement]) -> dict[str, str]:
+    """``invalid_reason``: why a prompt had no verdict, of one, where there is such a prompt.
+
+    A failure is told before what the judge declined.
+    """
+    missing = [
+        (declined, judgement.reasons[completion] or "no reason given")
+        for judgement in judgements
+        for completion, value, declined in asked_of(judgement)
+        if np.isnan(value)
+    ]
+    return {"invalid_reason": min(missing, key=lambda one: one[0])[1]} if missing else {}
 
 
 def read_samples(before: Path, after: Path, count: int) -> list[Sample]:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from judges.desk import store_name
 from judges.interface import Text
 from judges.options import AskOptions
 
@@ -65,4 +66,4 @@ def human_table_of(
 
 
 def _store(judge: AskOptions, folder: Path) -> Path:
-    return Path(judge.args.get("store", folder / f"{judge.name}.sqlite")).absolute()
+    return Path(judge.args.get("store", folder / store_name(judge))).absolute()

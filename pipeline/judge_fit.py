@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import inf
 from typing import TYPE_CHECKING
 
 from judges.errors import UserError
@@ -26,6 +27,7 @@ def check_judge(cfg: Config) -> None:
             "leave the link out"
         )
     _check_titles(cfg)
+    _check_implicit(cfg)
     has_reference = cfg.objective.needs.reference or cfg.drift.reference
     by_margin = judge.select == "uncertainty" and not judge.select_by
     if not has_reference and (by_margin or is_implicit(judge)):
@@ -47,17 +49,50 @@ def check_judge(cfg: Config) -> None:
         )
 
 
+def _check_implicit(cfg: Config) -> None:
+    """The policy in training is asked by the learner, which keeps no limits, budget or cache."""
+    beside = [*cfg.judge.select_by, *([] if cfg.judge.second is None else [cfg.judge.second])]
+    if any(is_implicit(judge) for judge in beside):
+        raise UserError(
+            "judge.second, judge.select_by: the policy in training cannot judge beside another: "
+            "give implicit_reward a policy and a reference of its own, or leave it out"
+        )
+    for judge in (cfg.judge, *cfg.evaluation.judges):
+        if not is_implicit(judge):
+            continue
+        beta = judge.args.get("beta", 0.1)
+        if not isinstance(beta, int | float) or isinstance(beta, bool) or not 0 < beta < inf:
+            raise UserError(f"judge.args.beta={beta}: must be a number above 0")
+        for name in judge.args:
+            if name != "beta":
+                raise UserError(
+                    f"judge.args.{name}: the policy in training takes beta alone: leave it out, or "
+                    "give implicit_reward a policy and a reference"
+                )
+        plain = type(judge)(name=judge.name, args=judge.args, alias=judge.alias)
+        free = {"link", "link_temperature", "max_invalid_share", "replicas", "gpus", "threads"}
+        for name in type(judge).model_fields:
+            if name not in free and getattr(judge, name) != getattr(plain, name):
+                raise UserError(
+                    f"judge.{name}: the policy in training is asked by the learner, without it: "
+                    "leave it out"
+                )
+
+
 def _check_titles(cfg: Config) -> None:
     """Two judges of one title must be the same judge."""
     second = [] if cfg.judge.second is None else [cfg.judge.second]
+    sections = {
+        "judge.second": second,
+        "judge.select_by": cfg.judge.select_by,
+        "evaluation.judges": cfg.evaluation.judges,
+    }
     titles: dict[str, tuple[object, ...]] = {cfg.judge.title: _asked(cfg.judge)}
-    for judge in [*second, *cfg.judge.select_by, *cfg.evaluation.judges]:
+    for section, judge in ((name, one) for name, several in sections.items() for one in several):
         bare = not judge.model_fields_set - {"name"}
         same = judge.title in titles and (bare or titles[judge.title] == _asked(judge))
         if judge.title in titles and not same:
-            raise UserError(
-                f"evaluation.judges: {judge.title} stands for two judges: give one an alias"
-            )
+            raise UserError(f"{section}: {judge.title} stands for two judges: give one an alias")
         titles.setdefault(judge.title, _asked(judge))
 
 

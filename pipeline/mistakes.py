@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args, get_origin
 
@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from judges.client_options import without_secrets
 from judges.tagged_union import TaggedUnion
 
 
@@ -78,7 +79,7 @@ def _needed(detail: ErrorDetails) -> str:
 
 def _shown(value: object) -> str:
     word = value is None or isinstance(value, bool)
-    text = json.dumps(value) if word else " ".join(str(value).split())
+    text = json.dumps(value) if word else without_secrets(" ".join(str(value).split()))
     return text if len(text) <= 60 else f"{text[:57]}…"
 
 
@@ -114,14 +115,21 @@ def _place(model: type[BaseModel], location: Iterable[str | int]) -> _Place:
 
 def _branch(field: FieldInfo, tag: str) -> type[BaseModel] | None:
     """The model that a tagged union's tag stands for, where the field is one."""
-    for part in (*field.metadata, *get_args(field.annotation)):
+    for part in (*field.metadata, *_parts(field.annotation)):
         if isinstance(part, TaggedUnion):
             return _section_of(part.branches.get(tag))
     return None
 
 
 def _section_of(annotation: Any) -> type[BaseModel] | None:
-    for candidate in (annotation, *get_args(annotation)):
+    for candidate in _parts(annotation):
         if isinstance(candidate, type) and issubclass(candidate, BaseModel):
             return candidate
     return None
+
+
+def _parts(annotation: Any) -> Iterator[Any]:
+    """The annotation, then what it is made of at any depth, with the metadata of Annotated."""
+    yield annotation
+    for part in get_args(annotation):
+        yield from _parts(part)

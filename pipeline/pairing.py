@@ -116,10 +116,11 @@ class Pairing:
         """A chain of pairs from the best score down, each completion against the next lower one.
 
         Where the judge compares, scores are mean win probabilities. A completion that cannot take
-        its place (truncated and dropped, equal to the one before it or nearer than ``min_margin``)
+        its place (a comparison of it is missing, truncated and dropped, equal to the one before it
+        or nearer than ``min_margin``)
         is left out, and a pair with the one before it says why; so the chain has no gaps.
         """
-        scores: list[float] = judgement.scores.tolist()
+        scores = _comparable_scores(judgement)
         valid = [index for index, score in enumerate(scores) if not math.isnan(score)]
         links: list[Pair] = []
         left: list[Pair] = []
@@ -235,6 +236,29 @@ class Pairing:
         if verdict.outcome is Outcome.TIE:
             return Fate.TIE
         return Fate.MARGIN if margin < self._min_margin else Fate.LEARN
+
+
+def _comparable_scores(judgement: Judgement) -> list[float]:
+    """Scores that rank: NaN for a completion that cannot be placed among the others.
+
+    Where the judge compares, whoever lacks most comparisons (of equals, the last) is left out until
+    none is missing; the others' scores are their mean win probabilities against each other.
+    """
+    scores: list[float] = judgement.scores.tolist()
+    wins = judgement.wins
+    if wins is None or not np.isnan(wins[~np.eye(len(wins), dtype=bool)]).any():
+        return scores
+    kept = list(range(len(wins)))
+    while kept:
+        missing = [int(np.isnan(wins[i, [j for j in kept if j != i]]).sum()) for i in kept]
+        worst = max(range(len(kept)), key=lambda at: (missing[at], at))
+        if not missing[worst]:
+            break
+        kept.pop(worst)
+    ranked = [math.nan] * len(wins)
+    for i in kept if len(kept) > 1 else []:
+        ranked[i] = float(wins[i, [j for j in kept if j != i]].mean())
+    return ranked
 
 
 def _without_verdict(judgement: Judgement, *members: int) -> Fate:

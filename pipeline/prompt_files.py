@@ -59,6 +59,10 @@ def _read_json_lines(path: Path, where: str) -> Numbered:
                     f"{place}: broken JSON ({error.msg}, column {error.colno}); "
                     "mend or remove the line"
                 ) from error
+            except RecursionError as error:
+                raise UserError(
+                    f"{place}: broken JSON (nested too deep); mend or remove the line"
+                ) from error
             yield number, _object(value, place)
 
 
@@ -73,6 +77,8 @@ def _read_json(path: Path, where: str) -> Numbered:
         raise UserError(
             f"{where} line {error.lineno}: broken JSON ({error.msg}, column {error.colno}); mend it"
         ) from error
+    except RecursionError as error:
+        raise UserError(f"{where}: broken JSON (nested too deep); mend it") from error
     for number, value in enumerate(values, start=1):
         yield number, _object(value, f"{where} row {number}")
 

@@ -112,6 +112,7 @@ class Replica:
         return self._ask(lambda: self._handle.submit(method, *args))
 
     def _ask(self, issue: Callable[[], Future[Any]]) -> Unit:
+        self._trim()
         deliveries = (e for e in reversed(self._journal) if isinstance(e, Delivery))
         unit = Unit(self, issue, next(deliveries, None))
         self._journal.append(unit)

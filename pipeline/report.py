@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 SAMPLE_CHARACTERS = 600
 """Of a prompt or completion, shown at most."""
 
+SAMPLE_REASON = 200
+"""Characters of a reason why a prompt had no verdict, shown at most."""
+
 
 @dataclass(frozen=True, slots=True)
 class Sample:
@@ -42,8 +45,8 @@ def final_table(
 
     ``evaluations`` are records of kind "evaluation" (fresh or as metrics.jsonl has them); of each
     judge the last counts. Shown where the records hold them, besides the contract's keys:
-    ``quality_ci``, ``invalid``, and ``length_mean`` and ``repetition_rate`` with their
-    ``_baseline``.
+    ``quality_ci``, ``invalid`` and ``invalid_reason``, and ``length_mean`` and
+    ``repetition_rate`` with their ``_baseline``.
     """
     latest = {record["judge"]: record for record in evaluations}
     parts: list[RenderableType] = []
@@ -142,7 +145,9 @@ def _notes(records: Sequence[Mapping[str, Any]]) -> Iterator[Text]:
     for record in records:
         if record.get("invalid"):
             left_out = f"{record['invalid']} prompts left out: no valid verdict"
-            yield Text(f"{short_name(record['judge'])}: {left_out}", style="yellow")
+            reason = visible(" ".join(str(record.get("invalid_reason") or "").split()))
+            told = f"{left_out}, for example: {reason[:SAMPLE_REASON]}" if reason else left_out
+            yield Text(f"{short_name(record['judge'])}: {told}", style="yellow")
     last = records[-1]
     if last["kl_to_reference"] is not None:
         yield Text(f"KL to reference  {figure(last['kl_to_reference'])} nats a sequence")

@@ -53,7 +53,6 @@ class _Unit:
     prompts: tuple[Prompt, ...]
     sampled: Unit
     attempt: int
-    selected: Selected
     judged: Judging | LearnerJudging
 
 
@@ -117,7 +116,7 @@ class Rollout:
         for request, sampled in zip(requests, submit_units(self._replicas, requests), strict=True):
             selected = self._selection.of(request.prompts, sampled.future)
             judged = self._judged(request.prompts, sampled.future, selected)
-            units.append(_Unit(request.prompts, sampled, sampled.attempt, selected, judged))
+            units.append(_Unit(request.prompts, sampled, sampled.attempt, judged))
         return PendingRound(plan.index, version, units, self)
 
     def _judged(
@@ -139,7 +138,8 @@ class Rollout:
             judging = unit.judged
             if unit.attempt != unit.sampled.attempt:
                 judging.forget()
-                judging = self._judged(unit.prompts, sampled, unit.selected)
+                selected = self._selection.of(unit.prompts, sampled)
+                judging = self._judged(unit.prompts, sampled, selected)
             judged = judging.result()
             generate += sampled.seconds
             judge += judged.seconds

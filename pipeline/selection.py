@@ -33,7 +33,7 @@ class Selection:
     learner: Handle
     run_seed: int
 
-    def of(self, prompts: Sequence[Prompt], sampled: Future[SampledUnit]) -> Selected:
+    def of(self, prompts: Sequence[Prompt], sampled: Future[SampledUnit] | SampledUnit) -> Selected:
         """Those of a work unit's prompts; ``sampled`` are their completions."""
         if self.how is None or self.judged >= self.prompts:
             return None

@@ -282,14 +282,14 @@ def test_failed_and_known_questions_are_free(path):
     assert asyncio.run(mine.ask(questions("dddd", "bb")))[0].value == 4.0
 
 
-def test_without_a_cache_every_question_counts(path):
-    mine = asker(lengths, path, cached=False, labels=4)
+def test_without_a_cache_a_question_counts_once_all_the_same(path):
+    mine = asker(lengths, path, cached=False, labels=2)
     asyncio.run(mine.ask(questions("a", "fails", "a")))
-    assert account(path).spent() == Spent(labels=2)
-    asyncio.run(mine.ask(questions("a", "a")))
+    assert account(path).spent() == Spent(labels=1)
+    asyncio.run(asker(lengths, path, cached=False, labels=2).ask(questions("a", "a", "bb")))
     with pytest.raises(BudgetSpent):
-        asyncio.run(mine.ask(questions("a")))
-    assert account(path).spent() == Spent(labels=4)
+        asyncio.run(mine.ask(questions("c")))
+    assert account(path).spent() == Spent(labels=2)
 
 
 def test_what_was_had_before_the_end_is_kept_and_counted(path):

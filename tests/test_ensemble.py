@@ -440,17 +440,19 @@ def test_what_members_ask_is_counted(counting):
     assert {n: asker.counts[n] for n in ("asked", "calls")} == {"asked": 3, "calls": 2}
 
 
-def test_a_label_budget_neither_keeps_nor_repeats_what_an_ensemble_said(tmp_path, counting):
+def test_a_label_budget_counts_a_question_to_an_ensemble_once(tmp_path, counting):
     options = JudgeOptions(
         name="ensemble", args={"members": [f"{counting}:score"]}, budget={"labels": 3}
     )
     asker = desk(tmp_path).asker(options, budget=options.budget)
     ask = [Question("p", (text,), {}) for text in ("a", "bbb")]
     assert values_of(asyncio.run(asker.ask(ask))) == [-1, 1]
-    # What was asked before has another score among others: it must not come from a cache.
-    with pytest.raises(BudgetSpent, match=r"judge\.budget\.labels=3: 2 are spent"):
-        asyncio.run(asker.ask(ask))
-    assert sum(asked_by(counting).values()) == 2
+    # What was asked before has another score among others: it does not come from a cache.
+    longer = [*ask[1:], Question("p", ("ccccc",), {})]
+    assert values_of(asyncio.run(asker.ask(longer))) == [-1, 1]
+    with pytest.raises(BudgetSpent, match=r"judge\.budget\.labels=3: 3 are spent"):
+        asyncio.run(asker.ask([*ask, Question("p", ("dd",), {})]))
+    assert sum(asked_by(counting).values()) == 4
 
 
 def test_members_charge_the_account_of_the_ensemble(tmp_path):

@@ -6,7 +6,7 @@ import math
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,17 @@ from safetensors.torch import load_file
 from judges.errors import UserError
 from pipeline import job, resampling
 from pipeline.config import Config
+from pipeline.handles import WorkerDied
 from pipeline.launch.crew import plan_crew
 from pipeline.ledger import Ledger
+from pipeline.replica import Replica
 from pipeline.resampling import Dial
 from pipeline.stopping import Stopped
 from tests import tiny
+from workers.generator import SampledUnit, SampleRequest
 from workers.learner.learner import Learner
 from workers.messages import Fate, PromptGroup, Round
+from workers.transformers_generator import TransformersGenerator
 from workers.verdicts import JudgeFailed
 
 FAILING = """
@@ -276,12 +280,12 @@ def score(prompts, completions):
 """
 
 
-def counting(model: Path, folder: Path, name: str, **judge: Any) -> Config:
+def counting(model: Path, folder: Path, run_name: str, **judge: Any) -> Config:
     return config(
         model,
         folder,
         COUNTING,
-        run={"name": "tiny", "dir": str(folder / name), "updates": 4},
+        run={"name": "tiny", "dir": str(folder / run_name), "updates": 4},
         judge=judge,
     )
 
@@ -346,6 +350,73 @@ def test_a_cache_is_shared_by_runs(
     assert_same_weights(one.run_dir, two.run_dir)
     for record in of_kind(two.run_dir, "round"):
         assert (record["judging"]["asked"], record["judging"]["cached"]) == (0, 8)
+
+
+def test_a_spent_budget_of_an_ensemble_pays_nothing_twice(tiny_model: Path, tmp_path: Path) -> None:
+    members = {"members": ["sentiment", {"name": "repetition"}]}
+    ends = []
+    for name, budget in (("whole", {}), ("run", {"labels": 26})):
+        cfg = counting(tiny_model, tmp_path, name, name="ensemble", args=members, budget=budget)
+        dialled = cfg.resampling.model_copy(update={"updates_per_round": 2})
+        cfg = cfg.model_copy(update={"resampling": dialled})
+        ends.append(cfg.run_dir)
+        if not budget:
+            job.run(cfg, quiet=True)
+            continue
+        with pytest.raises(Stopped):
+            job.run(cfg, quiet=True)
+        job.resume(cfg.run_dir, ["judge.budget.labels=32"], quiet=True)
+    assert_same_weights(*ends)
+
+
+def test_a_selection_survives_the_death_of_a_generator(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends = []
+    sample = TransformersGenerator.sample
+    for name in ("whole", "struck"):
+        cfg = counting(tiny_model, tmp_path, name, budget={"labels": 19}, select="uncertainty")
+        calls = iter(range(100))
+
+        def mortal(
+            generator: TransformersGenerator,
+            request: SampleRequest,
+            calls: Iterator[int] = calls,
+            name: str = name,
+        ) -> SampledUnit:
+            if name == "struck" and next(calls) == 1:
+                raise WorkerDied("the process of generator 0 ended")
+            return sample(generator, request)
+
+        monkeypatch.setattr(TransformersGenerator, "sample", mortal)
+        job.run(cfg, quiet=True)
+        ends.append(cfg.run_dir)
+    assert_same_weights(*ends)
+
+
+def test_judges_forget_what_they_answered(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    longest = []
+    ask = Replica.call
+
+    def call(replica: Replica, *args: Any) -> Any:
+        found = ask(replica, *args)
+        longest.append(len(replica._journal))
+        return found
+
+    monkeypatch.setattr(Replica, "call", call)
+    job.run(counting(tiny_model, tmp_path, "run"), quiet=True)
+    assert len(longest) > 4
+    assert max(longest) == 1
+
+
+def test_peoples_answers_are_where_the_run_was_started(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    cfg = tiny.config(tiny_model, tmp_path, judge={"name": "human", "args": {"store": "a.sqlite"}})
+    assert cfg.judge.args["store"] == str(tmp_path / "a.sqlite")
 
 
 @pytest.mark.parametrize("select", ["random", "uncertainty"])
@@ -517,6 +588,30 @@ def test_judge_workers_share_the_work_and_change_nothing(
                 "objective": {"name": "plackett_luce"},
             },
             "judge.link=sampled: pairing.strategy=ranking goes by the scores",
+        ),
+        (
+            {"judge": {"second": "implicit_reward"}},
+            "judge.second, judge.select_by: the policy in training cannot judge beside another",
+        ),
+        (
+            {"judge": {"name": "implicit_reward", "args": {"beta": -1}}},
+            "judge.args.beta=-1: must be a number above 0",
+        ),
+        (
+            {"judge": {"name": "implicit_reward", "args": {"betta": 1}}},
+            "judge.args.betta: the policy in training takes beta alone",
+        ),
+        (
+            {"judge": {"name": "implicit_reward", "budget": {"labels": 12}}},
+            "judge.budget: the policy in training is asked by the learner, without it",
+        ),
+        (
+            {"judge": {"budget": {"tokens": 9}}},
+            "budget.tokens: ",
+        ),
+        (
+            {"judge": {"budget": {"labels": 9}, "cache": "off"}},
+            "judge: cache: off: a budget of labels counts a question once",
         ),
         (
             {"judge": {"budget": {"usd": 1.0}}},

@@ -483,3 +483,11 @@ def test_a_threshold_labels_completions_one_by_one(drop_truncated):
     assert pairing.pairs(Prompt(0, np.array([1]), "p"), completions, judged) == ()
     plain = Pairing(PairingOptions(), link="hard", drop_truncated=False, run_seed=0)
     assert plain.labels(Prompt(0, np.array([1]), "p"), completions, judged) == ()
+
+
+def test_a_ranking_leaves_out_what_lacks_a_comparison():
+    # 0 against 1 failed: 1 is left out, and 0 is ranked by what is left.
+    wins = [[NAN, NAN, 0.9], [NAN, NAN, 0.6], [0.1, 0.4, NAN]]
+    found = pairs_of(wins=wins, strategy="ranking")
+    assert [(p.chosen, p.rejected) for p in found if p.fate is Fate.LEARN] == [(0, 2)]
+    assert [(p.chosen, p.rejected, p.fate) for p in found[1:]] == [(0, 1, Fate.INVALID)]

@@ -179,6 +179,8 @@ class JudgePanel:
             return unit
         other = self._workers[second].judge_unit(prompts, sampled, selected)
         counts = {**unit.counts, **agreement(unit.judgements, other.judgements)}
+        for paid in ("tokens", "usd"):
+            counts[paid] = unit.counts.get(paid, 0) + other.counts.get(paid, 0)
         seconds = unit.seconds + other.seconds
         return JudgedUnit(unit.judgements, seconds, counts, unit.stuck or other.stuck)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from judges.interface import Score
+from judges.interface import Score, as_probability
 from workers.messages import DoubleArray, Fate, Judgement, Prompt, PromptGroup
 
 
@@ -53,13 +53,6 @@ def compared(prompt: Prompt, count: int, comparisons: Mapping[tuple[int, ...], S
 
 def _by_failure(score: Score) -> tuple[bool, bool]:
     return score.value is not None, score.declined
-
-
-def as_probability(score: Score) -> Score:
-    """A comparing judge's answer; a number outside [0, 1] is INVALID."""
-    if score.value is None or 0.0 <= score.value <= 1.0:
-        return score
-    return Score(None, f"returned {score.value}: a probability lies in [0, 1]")
 
 
 def _mean_of_valid(values: DoubleArray) -> float:

@@ -39,6 +39,8 @@ class Human:
         wait: float | None = None,
         serve: bool = True,
     ) -> None:
+        if not isinstance(store, str) or not store:
+            raise UserError(f"judge.args.store={store}: write the path of a file")
         if not _is_whole(raters_per_item) or raters_per_item < 1:
             raise UserError(f"judge.args.raters_per_item={raters_per_item}: write 1 or more")
         if not _is_whole(port) or not 0 <= port <= 65_535:
