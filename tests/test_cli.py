@@ -14,7 +14,8 @@ import pytest
 import yaml
 
 from pipeline import cli
-from pipeline.config import Config
+from pipeline.config import Config, parse_config
+from pipeline.run_directory import create_run_directory
 from tests import tiny
 
 
@@ -133,6 +134,20 @@ def test_a_mistake_is_one_clear_line(
     assert line in said
     assert "\n" not in said
     assert sorted(p for p in tmp_path.rglob("*") if "__pycache__" not in p.parts) == before
+
+
+def test_another_judges_path_may_hold_what_yaml_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Config] = []
+    monkeypatch.setattr("pipeline.job.evaluate", asked.append)
+    monkeypatch.setattr(cli, "_show", lambda result: None)
+    mine = tmp_path / "a, {b}: c.py"
+    mine.write_text("")
+    cfg = parse_config({"prompts": {"path": "p"}, "run": {"dir": str(tmp_path / "run")}})
+    create_run_directory(cfg, {})
+    cli.evaluate(tmp_path / "run", judge=f"{mine}:fn")
+    assert [cfg.judge.name for cfg in asked] == [f"{mine}:fn"]
 
 
 def test_unknown_commands_and_options_are_mistakes(tmp_path: Path) -> None:

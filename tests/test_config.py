@@ -335,6 +335,58 @@ def test_a_wrong_value_is_shown_as_in_yaml(file, override, said):
     assert mistake(file, override).startswith(said)
 
 
+@pytest.mark.parametrize("judge", ["judge", "judge.second", "evaluation.judges[0]"])
+@pytest.mark.parametrize(
+    ("client", "said"),
+    [
+        ("{kind: openai}", "model: missing — The name that the server knows it by"),
+        ("{kind: openai, model: a, modle: b}", "modle: unknown key; did you mean 'model'?"),
+        ("{kind: vllm, modle: b, model: a}", "modle: unknown key; did you mean 'model'?"),
+    ],
+)
+def test_a_mistake_in_a_judges_client_has_its_key(file, judge, client, said):
+    section = f"{{name: llm_pairwise, client: {client}}}"
+    listed = judge.endswith("]")
+    override = f"{judge[:-3]}=[{section}]" if listed else f"{judge}={section}"
+    assert mistake(file, override) == f"{judge}.client.{said}"
+
+
+SECRETS = (
+    "http://bob:secret@host/v1",
+    "http://bob:se/c@secret@host/v1",
+    "http://bob:a secret@host/v1",
+    "bob:secret@host/v1",
+    "https://host/v1?key=secret",
+)
+
+
+@pytest.mark.parametrize("address", SECRETS)
+@pytest.mark.parametrize(
+    "override",
+    [
+        "judge.client='{}'",
+        "judge.client={{kind: openai, model: m, base_url: '{}'}}",
+        "judge.client={{kind: openai, model: m, extra_body: '{}'}}",
+        "judge=[{{base_url: '{}'}}]",
+    ],
+)
+def test_a_mistake_never_shows_a_password(file, override, address):
+    assert "secret" not in mistake(file, override.format(address))
+
+
+@pytest.mark.parametrize(
+    ("override", "section"),
+    [
+        ("judge.second={name: sentiment, args: {a: 1}}", "judge.second"),
+        ("judge={select: uncertainty, budget: {labels: 9}, select_by: [polarity, {name: sentiment, "
+         "args: {a: 1}}]}", "judge.select_by"),
+        ("evaluation.judges=[{name: sentiment, args: {a: 1}}]", "evaluation.judges"),
+    ],
+)  # fmt: skip
+def test_two_judges_of_one_title_are_told_where_they_stand(file, override, section):
+    assert mistake(file, override).startswith(f"{section}: sentiment stands for two judges")
+
+
 def test_a_pair_needs_two_completions(file):
     said = "sampling.completions_per_prompt=1: a pair needs at least 2"
     assert mistakes(file, "sampling.completions_per_prompt=1") == [said]

@@ -18,6 +18,7 @@ from judges.build import build_judge
 from judges.errors import UserError
 from judges.interface import Outcome, Score, Verdict, text_of
 from judges.lexicon import polarity, sentiment
+from judges.members import MemberOptions, read_member
 
 TEXTS = [
     "I love this, it is wonderful!",
@@ -293,6 +294,44 @@ def test_args_that_do_not_fit_are_named(plugin):
     assert user_error(f"{path}:Judge", {}).endswith("needs model: give it there")
     assert user_error("sentiment", {"weight": 2}).startswith("judge.args.weight: ")
     assert user_error(f"{path}:score", {"prompts": []}).startswith("judge.args.prompts: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [
+        ("http", {"url": 3}),
+        ("http", {"url": "http://127.0.0.1", "batch_size": "x"}),
+        ("http", {"url": "http://127.0.0.1", "headers_env": "x"}),
+        ("served_reward_model", {"url": 7, "model": "m"}),
+        ("served_reward_model", {"url": "http://127.0.0.1", "model": "m", "api_key_env": 3}),
+        ("llm_pairwise", {"template": 3}),
+        ("self_rewarding", {"temperature": "x"}),
+    ],
+)
+def test_a_built_in_judges_arg_of_a_wrong_type_is_a_mistake(name, args):
+    offered = {"complete": lambda: None, "calls": lambda: None}
+    with pytest.raises(UserError, match=rf"^judge\.args: {name}: [^\n]+$"):
+        build_judge(name, args, offered=offered)
+
+
+def test_what_a_plugins_constructor_raises_passes_through(plugin):
+    path = plugin("class Judge:\n    def __init__(self):\n        raise TypeError('mine')\n")
+    with pytest.raises(TypeError, match="^mine$"):
+        build_judge(f"{path}:Judge", {})
+
+
+def test_a_members_client_is_told_like_a_judges():
+    def told(client):
+        raw = {"name": "llm_pairwise", "client": client}
+        with pytest.raises(UserError) as caught:
+            read_member(MemberOptions, raw, "members[0]")
+        return str(caught.value)
+
+    client = {"kind": "openai", "model": "m"}
+    unknown = told({**client, "logprob": True})
+    assert unknown.startswith("members[0].client.logprob: unknown key (did you mean logprobs?)")
+    assert told({"kind": "openai"}) == "members[0].client.model: missing: give it there"
+    assert "secret" not in told({**client, "extra_body": "http://bob:secret@host/v1"})
 
 
 def test_signatures_that_no_judge_has(plugin):

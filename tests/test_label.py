@@ -72,7 +72,6 @@ def test_both_sides_are_scored_in_one_call(tmp_path):
         "    lengths = [len(c) for c in completions]\n"
         "    return [n - sum(lengths) / len(lengths) for n in lengths]\n"
     )
-    path.write_text(path.read_text().replace('"rejected": ""', '"rejected": "x"'))
     found = labelled(tmp_path, path, f"{tmp_path}/mine.py:centred")
     assert [row["first_better"] for row in found] == [1.0] * 3
 
@@ -126,6 +125,18 @@ def test_a_budget_ends_it_and_a_larger_one_goes_on(tmp_path):
     [
         ({"completion": "c"}, "sentiment", "the prompt is null"),
         ({"prompt": "p", "completon": "c"}, "sentiment", "row 1: completion (did you mean"),
+        (
+            {"prompt": "p", "completion": None},
+            "sentiment",
+            "row 1: completion: the completion is null",
+        ),
+        ({"prompt": "p", "completion": ["c"]}, "sentiment", "the completion is a list of strings"),
+        (
+            {"prompt": "p", "chosen": [], "rejected": "r"},
+            "sentiment",
+            "the chosen is an empty list",
+        ),
+        ({"prompt": "p", "first": "f", "second": 3}, "sentiment", "the second is of type int"),
         ({"prompt": "p", "completion": "c"}, "llm_pairwise", "judge.client: llm_pairwise asks"),
         ({"prompt": "p", "completion": "c"}, "vote", "judge.args: vote needs members"),
         ({"prompt": "p", "completion": "c"}, "implicit_reward", "there is no policy in training"),
@@ -143,6 +154,103 @@ def test_a_judge_that_compares_needs_pairs(tmp_path):
     options = read_judge("vote", ["judge.args={members: [sentiment, polarity]}"])
     with pytest.raises(UserError, match="vote compares, and these rows have one completion each"):
         label(path, options, tmp_path / "out.parquet")
+
+
+READS = "def told(prompts, completions):\n    return [Score(None, repr(c)) for c in completions]\n"
+
+
+def told(folder: Path, *rows: dict[str, Any]) -> list[str]:
+    """Each completion as the judge was given it."""
+    (folder / "mine.py").write_text("from judges.interface import Score\n" + READS)
+    path = write(folder / "in.jsonl", *rows)
+    return [row["reason"] for row in labelled(folder, path, f"{folder}/mine.py:told")]
+
+
+def test_a_chats_completion_is_one_message_of_the_assistant(tmp_path):
+    chat = [{"role": "user", "content": "p"}]
+    answer = [{"role": "assistant", "content": "c"}]
+    rows = [{"prompt": chat, "completion": "c"}, {"prompt": chat, "completion": ""}]
+    assert told(tmp_path, *rows) == [repr(answer), repr([{"role": "assistant", "content": ""}])]
+    assert told(tmp_path, {"prompt": chat, "completion": answer}) == [repr(answer)]
+    assert told(tmp_path, {"prompt": "p", "completion": ""}) == ["''"]
+
+
+def test_the_summary_tells_why_a_row_is_invalid(tmp_path):
+    from io import StringIO
+
+    from rich.console import Console
+
+    (tmp_path / "mine.py").write_text(
+        "from judges.interface import Score\n"
+        "def fn(completions):\n"
+        "    return [Score(None, '[b]no\\nway ' + c) if c else 1.0 for c in completions]\n"
+    )
+    rows = [{"prompt": "p", "completion": text} for text in ("", "x" * 200)]
+    path = write(tmp_path / "in.jsonl", *rows)
+    judge = read_judge(f"{tmp_path}/mine.py:fn")
+    console = Console(file=StringIO(), width=200)
+    console.print(summary(label(path, judge, tmp_path / "out.parquet")))
+    assert f"for example  [b]no way {'x' * 89}…" in console.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("values", "out", "said"),
+    [
+        ((1, "one"), "out.parquet", "in.jsonl: the column 'extra' cannot be written as Parquet"),
+        ((10**30, 1), "out.parquet", "the column 'extra'"),
+        (("\ud800", "a"), "out.parquet", "the column 'extra'"),
+        (({}, {}), "out.parquet", "the column 'extra'"),
+        ((1, 2), "folder.parquet", "is a directory: name a file"),
+        ((1, 2), "in.jsonl/out.parquet", "cannot be written (Not a directory)"),
+    ],
+)
+def test_what_cannot_be_written_is_told_before_anything_is_asked(tmp_path, values, out, said):
+    (tmp_path / "folder.parquet").mkdir()
+    (tmp_path / "mine.py").write_text("def fn(completions):\n    raise KeyboardInterrupt\n")
+    rows = [{"prompt": "p", "completion": "c", "extra": value} for value in values]
+    path = write(tmp_path / "in.jsonl", *rows)
+    with pytest.raises(UserError, match=r"^[^\n]*$") as mistake:
+        label(path, read_judge(f"{tmp_path}/mine.py:fn"), tmp_path / out)
+    assert said in str(mistake.value)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json"])
+def test_json_that_is_nested_too_deep_is_a_mistake(tmp_path, suffix):
+    path = tmp_path / f"in.{suffix}"
+    path.write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"broken JSON \(nested too deep\)"):
+        label(path, read_judge("sentiment"), tmp_path / "out.parquet")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ([], "stopped: no answer was kept; run this again"),
+        (["judge.budget.labels=900"], "what was answered and cached is kept in {}/out.judge; run"),
+    ],
+)
+def test_ctrl_c_exits_3_and_tells_what_is_kept(tmp_path, overrides, said):
+    (tmp_path / "mine.py").write_text(
+        "import signal\n"
+        "def fn(completions):\n"
+        "    if '299' in completions:\n"
+        "        signal.raise_signal(signal.SIGINT)\n"
+        "    return [1.0] * len(completions)\n"
+    )
+    rows = [{"prompt": "p", "completion": str(i)} for i in range(600)]
+    path = write(tmp_path / "in.jsonl", *rows)
+    command = ["label", str(path), "--judge", f"{tmp_path}/mine.py:fn", *overrides]
+    stopped = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "new" / "out.parquet")])
+    assert stopped.exit_code == 3, stopped.output
+    assert said.format(tmp_path / "new") in " ".join(stopped.output.split())
+
+
+def test_without_out_labels_lie_beside_the_file(tmp_path):
+    rows = [{"prompt": "p", "first": "same", "second": "same"}]
+    path = write(tmp_path / "pairs.jsonl", *rows)
+    done = CliRunner().invoke(app, ["label", str(path), "--judge", "human"])
+    assert done.exit_code == 0, done.output
+    assert pq.read_table(tmp_path / "pairs.labels.parquet").num_rows == 1
 
 
 def test_a_judge_may_be_that_of_a_config(tmp_path):

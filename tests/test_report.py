@@ -9,8 +9,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from judges.interface import Score
 from pipeline.comparison import compare_probabilities, compare_scores, mean_interval
+from pipeline.evaluate import invalid_reason
 from pipeline.report import Sample, figure, final_table, visible
+from workers.messages import Prompt
+from workers.verdicts import scored
 
 NAN = math.nan
 
@@ -161,6 +165,24 @@ def test_lines_below_the_table_show_what_was_measured() -> None:
     assert the_line(text, "Length") == "Length 38.2 → 41.3 tokens"
     assert the_line(text, "Repetition").startswith("Repetition 2.0% → 5.1%")
     assert "KL" not in text
+
+
+def test_a_judge_that_failed_on_every_prompt_tells_why() -> None:
+    none = dict.fromkeys(("win_rate", "win_rate_ci", "quality", "quality_baseline"))
+    failed = none | {"win": 0, "tie": 0, "loss": 0, "invalid": 9, "invalid_reason": "[b]no\nkey"}
+    text = " ".join(rendered([an_evaluation(**failed)]).split())
+    assert "9 prompts left out: no valid verdict, for example: [b]no key" in text
+
+
+def test_the_reason_of_a_failure_goes_before_that_of_a_declined_one() -> None:
+    nothing = Score(None, "not labelled yet", declined=True)
+    prompt = Prompt(0, "p", np.zeros(1, np.int64), {})
+    declined = scored(prompt, [nothing, Score(1.0)])
+    failed = scored(prompt, [Score(0.0), Score(None, "no key")])
+    valid = scored(prompt, [Score(0.0, "fine"), Score(1.0)])
+    assert invalid_reason([valid, declined, failed]) == {"invalid_reason": "no key"}
+    assert invalid_reason([valid, declined]) == {"invalid_reason": "not labelled yet"}
+    assert invalid_reason([valid]) == {}
 
 
 def test_colour_only_where_the_interval_leaves_out_one_half() -> None:
