@@ -28,7 +28,8 @@ def announced(
 
     ``folder`` is the run's directory, where such a page's queue and address are.
     """
-    waiting = {_store(judge, folder) for judge in judges.values() if judge.name == HUMAN}
+    people = [found for judge in judges.values() for found in _people(judge)]
+    waiting = {_store(judge, folder) for judge in people}
     over = threading.Event()
 
     def look() -> None:
@@ -63,6 +64,18 @@ def human_table_of(
             raters = judge.args.get("raters_per_item", 1)
             return human_table(Store(_store(judge, folder), raters), pairs)
     return None
+
+
+def _people(judge: AskOptions) -> Iterator[AskOptions]:
+    """The judge, and its members, as far as they are people."""
+    if judge.name == HUMAN:
+        yield judge
+    members = judge.args.get("members")
+    for member in [*(members if isinstance(members, list) else []), judge.args.get("judge")]:
+        named = {"name": member} if isinstance(member, str) else member
+        if isinstance(named, Mapping):
+            known = {n: v for n, v in named.items() if n in ("name", "args", "alias")}
+            yield from _people(AskOptions(**known))
 
 
 def _store(judge: AskOptions, folder: Path) -> Path:

@@ -144,7 +144,8 @@ def test_another_judges_path_may_hold_what_yaml_reads(
     monkeypatch.setattr(cli, "_show", lambda result: None)
     mine = tmp_path / "a, {b}: c.py"
     mine.write_text("")
-    cfg = parse_config({"prompts": {"path": "p"}, "run": {"dir": str(tmp_path / "run")}})
+    raw = {"prompts": {"path": "p"}, "run": {"dir": str(tmp_path / "run")}}
+    cfg = parse_config(raw, tmp_path)
     create_run_directory(cfg, {})
     cli.evaluate(tmp_path / "run", judge=f"{mine}:fn")
     assert [cfg.judge.name for cfg in asked] == [f"{mine}:fn"]

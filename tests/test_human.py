@@ -27,6 +27,8 @@ from judges.human.records import Choice
 from judges.human.server import serve, stop
 from judges.human.store import Store
 from judges.interface import Score
+from judges.options import AskOptions
+from pipeline.human_pages import announced
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 Pairs = Sequence[tuple[str, str, str]]
@@ -447,3 +449,15 @@ def test_many_at_once_are_all_heard(page, path):
         items = list(pool.map(answer, names))
     assert sorted(items) == list(range(1, 9)), "each had an item of their own"
     assert {(r.item, r.rater) for r in Store(path).ratings()} == set(zip(items, names, strict=True))
+
+
+def test_a_page_is_announced_also_for_a_member_of_a_vote(tmp_path):
+    said: list[str] = []
+    members = ["sentiment", {"name": "human", "alias": "us", "args": {"port": 0}}]
+    judges = {"vote": AskOptions(name="vote", args={"members": members})}
+    (tmp_path / "us.sqlite.url").write_text("http://127.0.0.1:1/token/\n")
+    with announced(judges, tmp_path, said.append):
+        deadline = time.monotonic() + 30
+        while not said and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert said == ["people are asked to judge at http://127.0.0.1:1/token/"]

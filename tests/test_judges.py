@@ -316,7 +316,7 @@ def test_a_built_in_judges_arg_of_a_wrong_type_is_a_mistake(name, args):
 
 def test_what_a_plugins_constructor_raises_passes_through(plugin):
     path = plugin("class Judge:\n    def __init__(self):\n        raise TypeError('mine')\n")
-    with pytest.raises(TypeError, match="^mine$"):
+    with pytest.raises(TypeError, match=r"^mine$"):
         build_judge(f"{path}:Judge", {})
 
 

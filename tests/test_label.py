@@ -201,17 +201,21 @@ def test_the_summary_tells_why_a_row_is_invalid(tmp_path):
         (("\ud800", "a"), "out.parquet", "the column 'extra'"),
         (({}, {}), "out.parquet", "the column 'extra'"),
         ((1, 2), "folder.parquet", "is a directory: name a file"),
-        ((1, 2), "in.jsonl/out.parquet", "cannot be written (Not a directory)"),
+        ((1, 2), "in.jsonl/out.parquet", "out.parquet: cannot be written (File exists)"),
     ],
 )
 def test_what_cannot_be_written_is_told_before_anything_is_asked(tmp_path, values, out, said):
     (tmp_path / "folder.parquet").mkdir()
-    (tmp_path / "mine.py").write_text("def fn(completions):\n    raise KeyboardInterrupt\n")
+    asked = tmp_path / "asked"
+    (tmp_path / "mine.py").write_text(
+        f"def fn(completions):\n    open({str(asked)!r}, 'w')\n    return [1.0, 1.0]\n"
+    )
     rows = [{"prompt": "p", "completion": "c", "extra": value} for value in values]
     path = write(tmp_path / "in.jsonl", *rows)
     with pytest.raises(UserError, match=r"^[^\n]*$") as mistake:
         label(path, read_judge(f"{tmp_path}/mine.py:fn"), tmp_path / out)
     assert said in str(mistake.value)
+    assert not asked.exists()
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json"])
