@@ -75,7 +75,7 @@ def _people(judge: AskOptions) -> Iterator[AskOptions]:
         named = {"name": member} if isinstance(member, str) else member
         if isinstance(named, Mapping):
             known = {n: v for n, v in named.items() if n in ("name", "args", "alias")}
-            yield from _people(AskOptions(**known))
+            yield from _people(AskOptions.model_validate(known))
 
 
 def _store(judge: AskOptions, folder: Path) -> Path:
