@@ -84,6 +84,10 @@ class Judge:
         """Whether it is given that column of the prompts."""
         return column not in self.bound and (self.accepts is None or column in self.accepts)
 
+    def needed(self) -> set[str]:
+        """The columns that its signature or a member's needs."""
+        return set(self.needs).union(*(member.needed() for member in self.members))
+
     def require(self, columns: Collection[str], given: Collection[str] = ()) -> None:
         """Raise UserError for a column that its or a member's signature needs and prompts lack.
 

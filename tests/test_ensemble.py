@@ -521,8 +521,6 @@ def test_a_column_that_a_member_needs_is_asked_for_before_anything_is(tmp_path):
         lacking = Prompt(0, np.array([1]), "p", {"answers": "x"})
         with pytest.raises(UserError, match=line):
             worker.check([lacking])
-        with pytest.raises(UserError, match="needs the column answer"):
-            worker.judge([lacking], [[completion("a"), completion("b")]], chat=False)
         worker.check([Prompt(0, np.array([1]), "p", {"answer": "x"})])
 
 

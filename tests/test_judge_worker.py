@@ -257,7 +257,9 @@ def test_an_async_judge_that_raises(worker):
 def test_a_missing_column_is_the_users_mistake(worker):
     built = worker("def judge(prompts, completions, answer):\n    return [1.0]\n")
     with pytest.raises(UserError, match="needs the column answer, and the prompts have question"):
-        judge(built, "a", question="q")
+        built.check([prompt(0, question="q")])
+    built.check([prompt(0, question="q"), prompt(1, answer="x")])
+    assert judge(built, "a", question="q").scores.tolist() == [1.0]  # given as None
     assert judge(built, "a", answer="x").scores.tolist() == [1.0]
 
 

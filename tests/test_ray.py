@@ -118,6 +118,7 @@ def test_a_judge_that_cannot_be_built_says_why(tiny_model: Path, tmp_path: Path)
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_dead_worker_is_named_and_the_run_goes_on_later(tiny_model: Path, tmp_path: Path) -> None:
     judge = tmp_path / "judge.py"
     cfg = tiny.config(tiny_model, tmp_path)

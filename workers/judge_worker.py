@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import time
 from collections import Counter
@@ -77,8 +78,8 @@ class JudgeWorker:
         each prompt's completions. In ``chat`` form it reads prompts as message lists and each
         completion as one message of the assistant; else both are str. A column that a prompt lacks
         is None in its place. What fails is INVALID with its reason. Prompts whose index is not
-        ``selected`` (None: all are) are not asked about. Raises UserError if the judge needs a
-        column that no prompt has, BudgetSpent where its budget does not allow so many questions.
+        ``selected`` (None: all are) are not asked about. Raises BudgetSpent where the judge's
+        budget does not allow so many questions.
         """
         size = 2 if self.compares else 1
         subsets = [list(itertools.combinations(range(len(group)), size)) for group in completions]
@@ -123,9 +124,20 @@ class JudgeWorker:
         try:
             asyncio.get_running_loop()
         except RuntimeError:
-            return self._loop.run_until_complete(asking)
+            try:
+                return self._loop.run_until_complete(asking)
+            finally:
+                self._end_tasks()
         with ThreadPoolExecutor(1) as beside:
             return beside.submit(self._run, asking).result()
+
+    def _end_tasks(self) -> None:
+        """Ctrl-C leaves tasks behind: end them, so that they free what they have claimed."""
+        while tasks := asyncio.all_tasks(self._loop):
+            for task in tasks:
+                task.cancel()
+            with contextlib.suppress(KeyboardInterrupt, asyncio.CancelledError):
+                self._loop.run_until_complete(asyncio.wait(tasks))
 
 
 class JudgePanel:
@@ -211,7 +223,7 @@ def _question(
     prompt: Prompt, completions: Sequence[Completion], chat: bool, judge: Judge
 ) -> Question:
     """With the columns that the judge reads; ids of a comparison are those of both."""
-    columns = dict(prompt.columns)
+    columns = dict.fromkeys(judge.needed()) | dict(prompt.columns)
     if judge.reads("prompt_ids"):
         columns["prompt_ids"] = prompt.ids.tolist()
     if judge.reads("completion_ids"):
