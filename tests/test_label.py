@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -226,6 +227,14 @@ def test_json_that_is_nested_too_deep_is_a_mistake(tmp_path, suffix):
         label(path, read_judge("sentiment"), tmp_path / "out.parquet")
 
 
+@pytest.fixture
+def interruptible():
+    """SIGINT interrupts, as in a terminal: what is started in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
@@ -233,7 +242,7 @@ def test_json_that_is_nested_too_deep_is_a_mistake(tmp_path, suffix):
         (["judge.budget.labels=900"], "what was answered and cached is kept in {}/out.judge; run"),
     ],
 )
-def test_ctrl_c_exits_3_and_tells_what_is_kept(tmp_path, overrides, said):
+def test_ctrl_c_exits_3_and_tells_what_is_kept(tmp_path, interruptible, overrides, said):
     (tmp_path / "mine.py").write_text(
         "import signal\n"
         "def fn(completions):\n"
