@@ -30,7 +30,8 @@ def check_judge(cfg: Config) -> None:
     _check_implicit(cfg)
     has_reference = cfg.objective.needs.reference or cfg.drift.reference
     by_margin = judge.select == "uncertainty" and not judge.select_by
-    if not has_reference and (by_margin or is_implicit(judge)):
+    implicit = any(is_implicit(asked) for asked in (judge, *cfg.evaluation.judges))
+    if not has_reference and (by_margin or implicit):
         raise UserError(
             f"drift.reference=false: {cfg.objective.name} needs no reference, but "
             f"{'judge.select=uncertainty' if by_margin else 'the implicit reward'} does: set it to "

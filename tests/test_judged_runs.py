@@ -634,6 +634,13 @@ def test_judge_workers_share_the_work_and_change_nothing(
         ),
         (
             {
+                "evaluation": {"judges": ["implicit_reward"]},
+                "objective": {"name": "simpo", "gamma": 1.0},
+            },
+            "but the implicit reward does",
+        ),
+        (
+            {
                 "judge": {"name": "http", "args": {"url": "http://a"}},
                 "evaluation": {"judges": [{"name": "http", "args": {"url": "http://b"}}]},
             },
