@@ -3,14 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +16,7 @@ from judges.client_options import OpenAIOptions
 from judges.clients import OpenAIClient
 from judges.completing import Ask, Reply
 from judges.llm import Pairwise, Pointwise, SelfRewarding
+from tests.vllm_helpers import serving
 from workers.models.fetch import fetch_model
 
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(500)]
@@ -43,38 +36,11 @@ def model() -> Path:
 @pytest.fixture(scope="module")
 def url(model, tmp_path_factory) -> Iterator[str]:
     """Where `vllm serve` serves the model, in float32."""
-    program = Path(sys.executable).parent / "vllm"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    arguments = ["--port", str(port), "--enforce-eager", "--dtype", "float32"]
-    arguments += ["--max-model-len", "2048", "--kv-cache-memory-bytes", str(512 << 20)]
-    arguments += ["--served-model-name", "judge"]
-    environment = os.environ | {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    log = (tmp_path_factory.mktemp("served") / "serve.log").open("w+")
-    server = subprocess.Popen(
-        [program, "serve", model, *arguments],
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        env=environment,
-        start_new_session=True,
-    )
-    try:
-        give_up = time.monotonic() + 300
-        while True:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=60)
-                break
-            except (urllib.error.URLError, ConnectionError):
-                assert server.poll() is None, Path(log.name).read_text()[-3000:]
-                assert time.monotonic() < give_up, Path(log.name).read_text()[-3000:]
-                time.sleep(0.5)
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        if server.poll() is None:
-            os.killpg(server.pid, signal.SIGTERM)
-        server.wait(60)
-        log.close()
+    log = tmp_path_factory.mktemp("served") / "serve.log"
+    arguments = ["--dtype", "float32", "--max-model-len", "2048", "--served-model-name", "judge"]
+    memory = ["--kv-cache-memory-bytes", str(512 << 20)]
+    with serving(model, log, *arguments, *memory) as served:
+        yield f"{served}/v1"
 
 
 @pytest.fixture

@@ -3,15 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +14,7 @@ from judges.interface import Score
 from judges.reward_model import RewardModel
 from judges.served import VllmReward
 from tests.classifier_helpers import save_classifier
+from tests.vllm_helpers import serving
 
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(500)]
 
@@ -34,41 +26,7 @@ PROMPTS = ["a b c ", "d ", "e f g h i j "]
 COMPLETIONS = ["k", "l m n o p", "q r"]
 
 
-@contextlib.contextmanager
-def serving(model: Path) -> Iterator[str]:
-    """The address of a vLLM server."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
-    program = Path(sys.executable).parent / "vllm"
-    arguments = ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
-    arguments += ["--enforce-eager", "--kv-cache-memory-bytes", str(64 << 20)]
-    environment = os.environ | {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    path = model / "serve.log"
-    with path.open("w") as log:
-        server = subprocess.Popen(
-            [program, "serve", model, *arguments],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,
-        )
-        try:
-            give_up = time.monotonic() + 240
-            while True:
-                try:
-                    urllib.request.urlopen(f"{url}/health", timeout=60)
-                    break
-                except (urllib.error.URLError, ConnectionError):
-                    assert server.poll() is None, path.read_text()[-3000:]
-                    assert time.monotonic() < give_up, path.read_text()[-3000:]
-                    time.sleep(0.5)
-            yield url
-        finally:
-            if server.poll() is None:
-                os.killpg(server.pid, signal.SIGTERM)
-            server.wait(60)
+SMALL = ("--dtype", "float32", "--kv-cache-memory-bytes", str(64 << 20))
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +40,7 @@ def chat_model(tmp_path_factory) -> Iterator[tuple[Path, str]]:
         head_dim=32,
         **SHAPE,
     )
-    with serving(model) as url:
+    with serving(model, model / "serve.log", *SMALL) as url:
         yield model, url
 
 
@@ -90,7 +48,7 @@ def chat_model(tmp_path_factory) -> Iterator[tuple[Path, str]]:
 def pair_model(tmp_path_factory) -> Iterator[tuple[Path, str]]:
     """An encoder of pairs with one output."""
     model = save_classifier(tmp_path_factory.mktemp("pair-model"), "bert", **SHAPE)
-    with serving(model) as url:
+    with serving(model, model / "serve.log", *SMALL) as url:
         yield model, url
 
 

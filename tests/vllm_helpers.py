@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,3 +100,37 @@ def scored(
     ids = {prompt.position: prompt.ids for prompt in prompts}
     items = tuple(BatchCompletion(ids[c.position], c) for c in completions)
     return learner.score_policy(UpdateBatch(items, ()))
+
+
+@contextlib.contextmanager
+def serving(model: Path, log: Path, *arguments: str) -> Iterator[str]:
+    """The address of `vllm serve MODEL`, once it is well; what it says goes to ``log``."""
+    program = Path(sys.executable).parent / "vllm"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [program, "serve", model, "--host", "127.0.0.1", "--port", port, "--enforce-eager"]
+    environment = os.environ | {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    with log.open("w") as said:
+        server = subprocess.Popen(
+            [*command, *arguments],
+            stdout=said,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
+    try:
+        give_up = time.monotonic() + 300
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=60)
+                break
+            except (urllib.error.URLError, ConnectionError):
+                assert server.poll() is None, log.read_text()[-3000:]
+                assert time.monotonic() < give_up, log.read_text()[-3000:]
+                time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        if server.poll() is None:
+            os.killpg(server.pid, signal.SIGTERM)
+        server.wait(60)
