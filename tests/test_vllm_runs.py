@@ -6,9 +6,6 @@ import itertools
 import json
 import os
 import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
 import urllib.error
@@ -21,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import job, load_config
-from tests.vllm_helpers import learner_of
+from tests.vllm_helpers import learner_of, serving
 from workers.seeds import derive_seed
 
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(500)]
@@ -143,43 +140,16 @@ def test_what_was_trained_is_served_as_it_is(run):
     """`vllm serve RUN/policy`, asked for a greedy completion, gives the exported model's."""
     cfg, _ = run
     policy = cfg.run_dir / "policy"
-    program = Path(sys.executable).parent / "vllm"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    arguments = ["--port", str(port), "--enforce-eager", "--kv-cache-memory-bytes", str(128 << 20)]
-    environment = os.environ | {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    log = (cfg.run_dir / "serve.log").open("w+")
-    server = subprocess.Popen(
-        [program, "serve", policy, *arguments],
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        env=environment,
-        start_new_session=True,
-    )
-    try:
-        give_up = time.monotonic() + 240
-        learner = learner_of(policy)
+    memory = ("--kv-cache-memory-bytes", str(128 << 20))
+    with serving(policy, cfg.run_dir / "serve.log", *memory) as url:
         prompt = [1, 9038, 2501, 263, 931]  # "Once upon a time"
         question = {"model": str(policy), "prompt": prompt, "max_tokens": 16, "temperature": 0}
         request = urllib.request.Request(
-            f"http://127.0.0.1:{port}/v1/completions",
+            f"{url}/v1/completions",
             json.dumps(question | {"return_token_ids": True}).encode(),
             {"Content-Type": "application/json"},
         )
-        while True:
-            try:
-                answer = json.load(urllib.request.urlopen(request, timeout=60))
-                break
-            except (urllib.error.URLError, ConnectionError):
-                assert server.poll() is None, Path(log.name).read_text()[-3000:]
-                assert time.monotonic() < give_up, Path(log.name).read_text()[-3000:]
-                time.sleep(0.5)
-        expected = learner.probe(np.array(prompt, np.int64), 16).ids.tolist()
-        assert answer["choices"][0]["token_ids"] == expected
-        assert answer["choices"][0]["text"].strip()
-    finally:
-        if server.poll() is None:
-            os.killpg(server.pid, signal.SIGTERM)
-        server.wait(60)
-        log.close()
+        answer = json.load(urllib.request.urlopen(request, timeout=60))
+    expected = learner_of(policy).probe(np.array(prompt, np.int64), 16).ids.tolist()
+    assert answer["choices"][0]["token_ids"] == expected
+    assert answer["choices"][0]["text"].strip()
