@@ -212,4 +212,4 @@ def test_no_case_is_left_out():
     # And no objective, but for those that no other implementation was at hand for.
     named = {case["objective"]["name"] for case in GOLDEN["cases"]}
     named |= {"kto", "bco", "xpo", "nash_md"}
-    assert set(BUILT_IN) - named == {"plackett_luce", "pdpo"}
+    assert set(BUILT_IN) - named == {"plackett_luce", "pdpo", "sft"}

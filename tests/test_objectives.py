@@ -23,7 +23,7 @@ from workers.learner.objectives import (
     build_objective,
 )
 
-REFERENCE_FREE = {"simpo", "orpo", "cpo"}
+REFERENCE_FREE = {"simpo", "orpo", "cpo", "sft"}
 
 
 @pytest.mark.parametrize(
@@ -55,6 +55,7 @@ REFERENCE_FREE = {"simpo", "orpo", "cpo"}
         ({"betta": 0.1}, "betta\n.*not permitted"),
         ({"name": "dpo", "tau": 0.1}, "tau\n.*not permitted"),
         ({"name": "kto", "label_smoothing": 0.1}, "label_smoothing\n.*not permitted"),
+        ({"name": "sft", "nll_weight": 0.1}, "nll_weight\n.*not permitted"),
     ],
 )
 def test_options_out_of_range_or_unknown(options, said):
@@ -101,7 +102,8 @@ def test_objectives_without_a_reference(name):
     assert losses_and_gradients({"name": name}, without) == expected
     # Soft labels and smoothing do without one too.
     soft = replace(without, label_prob=torch.tensor([0.1, 0.9, 1.0, 0.5]))
-    losses_and_gradients({"name": name, "label_smoothing": 0.1}, soft)
+    smoothing = {"label_smoothing": 0.1} if name in PAIRWISE else {}
+    losses_and_gradients({"name": name, **smoothing}, soft)
 
 
 def one(values: list[float]) -> Tensor:

@@ -41,6 +41,23 @@ from workers.learner.pairwise_options import (
 )
 
 
+class SftOptions(Options):
+    """Supervised fine-tuning on the chosen of each pair (Preferred-FT), without a reference."""
+
+    name: Literal["sft"] = "sft"
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(reference=False)
+
+    @property
+    def likelihood(self) -> float:
+        return 1.0
+
+    def implicit_reward(self, logps: Any, ref: Any, tokens: Any) -> Any:
+        return logps / tokens
+
+
 class PdpoOptions(Options):
     """DPO's loss expected under the policy itself, by its full gradient."""
 
@@ -167,6 +184,7 @@ BUILT_IN: Mapping[str, type[Options]] = {
         BcoPairOptions,
         DiscopopOptions,
         FDpoOptions,
+        SftOptions,
         XpoOptions,
         PdpoOptions,
         KtoOptions,

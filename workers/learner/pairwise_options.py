@@ -29,6 +29,11 @@ class Options(BaseModel):
         return Needs()
 
     @property
+    def likelihood(self) -> float:
+        """Weight of −log π(chosen)/tokens in the loss."""
+        return 0.0
+
+    @property
     def settings(self) -> str:
         """Every hyper-parameter that is not at rest, for people: ``beta 0.1, tau 0.05``."""
         values = self.model_dump(exclude={"name"}).items()
@@ -64,7 +69,6 @@ class PairwiseOptions(Options):
 
     @property
     def likelihood(self) -> float:
-        """Weight of −log π(chosen)/tokens in the loss."""
         return self.nll_weight
 
 

@@ -22,6 +22,7 @@ from workers.learner.objective_options import (
     OwnOptions,
     PdpoOptions,
     PlackettLuceOptions,
+    SftOptions,
 )
 from workers.learner.objectives import pairwise
 from workers.learner.objectives.pdpo import importance_weight, pdpo_surrogate, score_baseline
@@ -83,6 +84,8 @@ def build_objective(options: Options | Mapping[str, Any]) -> Objective:
             return _Pure(options.name, options.needs, own)
         case BcoOptions():
             return _Bco(options)
+        case SftOptions():
+            return _Pure(options.name, options.needs, _sft)
         case PdpoOptions():
             return _Pure(options.name, options.needs, partial(_pdpo, options))
         case KtoOptions():
@@ -202,6 +205,10 @@ def _soft_label(certain: PairLoss, logps: PairLogps, trusted: Tensor) -> Tensor:
         return loss
     other = certain(logps.take(doubted).swapped())
     return (trusted * loss).index_add(0, doubted, (1.0 - trusted[doubted]) * other)
+
+
+def _sft(logps: PairLogps) -> ObjectiveOutput:
+    return ObjectiveOutput(pairwise.nll_loss(logps))
 
 
 def _pdpo(options: PdpoOptions, logps: PairLogps) -> ObjectiveOutput:
