@@ -30,6 +30,7 @@ from rich.table import Table
 
 from judges.options import JudgeOptions
 from pipeline import loop
+from pipeline.brake import Brake
 from pipeline.checkpoint import Checkpoints, Cursor
 from pipeline.config import Config, parse_config
 from pipeline.drift import Drift
@@ -41,9 +42,11 @@ from pipeline.ledger import Ledger
 from pipeline.replica import Replica
 from pipeline.rollout import Rollout, UnitSize
 from pipeline.selection import Selection
+from pipeline.staleness import Staleness
 from pipeline.stopping import Stop
 from pipeline.sync import WeightSync
 from pipeline.tracking import UPDATE_KEYS, Tracker, TrackingOptions
+from pipeline.watch import Watch
 from workers.generator import SampledUnit, SampleRequest
 from workers.judge_clients import build_panel
 from workers.messages import Completion, Prompt, UpdateBatch, probe_completion
@@ -211,6 +214,7 @@ def run_seconds(cfg: Config, generate: float, learn: float) -> float:
         sync=WeightSync(replicas, ids),
         ledger=Ledger(cfg.run_dir / "ledger"),
         drift=Drift(),
+        watch=Watch(Staleness(cfg.resampling.early), Brake(cfg.drift)),
         tracker=tracker,
         checkpoints=Checkpoints(cfg.run_dir / "checkpoints", cfg.checkpoint.every, 1),
         evaluator=evaluator,

@@ -30,8 +30,12 @@ def update_batch(
     groups: Sequence[PromptGroup],
     needs: Needs,
     truncated: Literal["train", "mask", "drop"] = "train",
+    earlier: frozenset[int] = frozenset(),
 ) -> UpdateBatch:
-    """What is learned from these prompts; a completion in several examples stands there once."""
+    """What is learned from these prompts; a completion in several examples stands there once.
+
+    ``earlier`` positions are those of prompts that are replayed.
+    """
     completions: list[BatchCompletion] = []
     examples: list[BatchExample] = []
     for group in groups:
@@ -42,7 +46,8 @@ def update_batch(
                 places[sample] = len(completions)
                 completion = group.completions[sample]
                 learn = completion.finished or truncated != "mask"
-                completions.append(BatchCompletion(group.prompt.ids, completion, learn))
+                replayed = group.prompt.position in earlier
+                completions.append(BatchCompletion(group.prompt.ids, completion, learn, replayed))
             return places[sample]
 
         examples += EXAMPLES[needs.records](group, place)

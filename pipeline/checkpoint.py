@@ -12,21 +12,34 @@ from typing import Any
 
 from pipeline.durable import sync_to_disk
 from pipeline.learner import RemoteLearner
+from pipeline.resampling import RoundPlan
 
 
 @dataclass(frozen=True, slots=True)
 class Cursor:
-    """Where a run stands: updates applied, the round it learns from, that round's updates done.
+    """Where a run stands: updates applied, and those that the round it learns from has fed.
 
-    ``metrics_bytes`` is the length of metrics.jsonl at that moment; ``drift`` what the drift
-    measures remember.
+    ``rounds`` are the plans of that round and of those in flight; ``dial``, ``drift`` and ``watch``
+    what those remember. ``metrics_bytes`` is the length of metrics.jsonl at that moment.
     """
 
     update: int = 0
-    round: int = 0
     batch: int = 0
     metrics_bytes: int = 0
+    rounds: tuple[RoundPlan, ...] = ()
+    dial: Mapping[str, Any] | None = None
     drift: Mapping[str, Any] | None = None
+    watch: Mapping[str, Any] | None = None
+
+    def to_json(self) -> str:
+        """As a checkpoint keeps it."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Cursor:
+        """What ``to_json`` gave."""
+        value = json.loads(text)
+        return cls(**{**value, "rounds": tuple(map(RoundPlan.from_json, value["rounds"]))})
 
 
 class Checkpoints:
@@ -50,7 +63,7 @@ class Checkpoints:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         learner.save(partial)
-        (partial / "cursor.json").write_text(json.dumps(asdict(cursor)))
+        (partial / "cursor.json").write_text(cursor.to_json())
         for path in (*partial.iterdir(), partial):
             sync_to_disk(path)
         os.replace(partial, final)
@@ -73,7 +86,7 @@ class Checkpoints:
         found = self.all()
         if not found:
             return Cursor()
-        cursor = Cursor(**json.loads((found[-1] / "cursor.json").read_text()))
+        cursor = Cursor.from_json((found[-1] / "cursor.json").read_text())
         learner.load(found[-1])
         return cursor
 

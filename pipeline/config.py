@@ -18,15 +18,18 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from judges.errors import UserError
 from judges.options import JudgeOptions, OtherJudge
 from pipeline.config_files import absolute
+from pipeline.drift_options import DriftOptions
 from pipeline.fit import Served
 from pipeline.generator_fit import Generation
 from pipeline.judge_fit import check_judge
 from pipeline.mistakes import explain
 from pipeline.pairing import PairingOptions
 from pipeline.prompts import PromptOptions
-from pipeline.resampling import ResamplingOptions
+from pipeline.resampling_options import ResamplingOptions
 from pipeline.tracking import TrackingOptions
+from pipeline.training_prompts import TrainingPrompts
 from workers.generator import GeneratorOptions, SamplingOptions
+from workers.learner.needs import Needs
 from workers.learner.objective_options import ObjectiveOptions, OwnOptions
 from workers.learner.options import LearnerOptions, ReferenceOptions
 from workers.learner.pairwise_options import DpoOptions
@@ -68,21 +71,6 @@ class EvaluationOptions(_Section):
     )
 
 
-class DriftOptions(_Section):
-    """Drift is measured each round. Thresholds that warn, resample or stop: not built yet."""
-
-    reference: bool = Field(
-        default=False,
-        description="Keep and score a reference for the measures of drift although the objective "
-        "needs none",
-    )
-    warn: dict[str, float] = Field(default_factory=dict, max_length=0, description="Not built yet")
-    resample: dict[str, float] = Field(
-        default_factory=dict, max_length=0, description="Not built yet"
-    )
-    stop: dict[str, float] = Field(default_factory=dict, max_length=0, description="Not built yet")
-
-
 class CheckpointOptions(_Section):
     """What a killed run goes on from."""
 
@@ -104,7 +92,7 @@ class Config(_Section):
     run: RunOptions = Field(default_factory=RunOptions)
     policy: PolicyOptions = Field(default_factory=PolicyOptions)
     reference: ReferenceOptions = Field(default_factory=ReferenceOptions)
-    prompts: PromptOptions
+    prompts: TrainingPrompts
     sampling: SamplingOptions = Field(default_factory=SamplingOptions)
     resampling: ResamplingOptions = Field(default_factory=ResamplingOptions)
     generator: GeneratorOptions = Field(default_factory=GeneratorOptions)
@@ -140,10 +128,11 @@ class Config(_Section):
             pairing=self.pairing,
             resampling=self.resampling,
             reference=self.reference,
-            measured=self.drift.reference,
+            drift=self.drift,
+            prompts=self.prompts,
             updates=self.run.updates,
         )
-        served.check(self.objective.needs)
+        served.check(self.needs)
         generation = Generation(
             generator=self.generator,
             policy=self.policy,
@@ -152,8 +141,13 @@ class Config(_Section):
             objective=self.objective.name,
             inline=self.cluster.address == "inline",
         )
-        generation.check(self.objective.needs)
+        generation.check(self.needs)
         check_judge(self)
+
+    @property
+    def needs(self) -> Needs:
+        """What objective and off-policy correction must be given."""
+        return self.resampling.weights.widen(self.objective.needs)
 
     @property
     def run_dir(self) -> Path:

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 from judges.model_clients import LocalClientOptions
 from judges.options import AUTO, OFF, AskOptions, JudgeOptions
 from judges.plugins import is_plugin, resolve_plugin_path
+from pipeline.drift_options import DriftOptions
 from pipeline.prompts import PromptOptions
+from pipeline.resampling_options import EarlyOptions
 
 if TYPE_CHECKING:
     from pipeline.config import Config
@@ -24,7 +26,10 @@ def absolute(config: Config, base: Path) -> Config:
         "evaluation": {
             "judges": _others(config.evaluation.judges, base, "evaluation.judges"),
         },
-        "prompts": _prompt_files(config.prompts, base),
+        "prompts": _prompt_files(config.prompts, base)
+        | {"pairs": _data_path(config.prompts.pairs, base)},
+        "drift": _drift_files(config.drift, base),
+        "resampling": {"early": _early(config.resampling.early, base)},
         "policy": {"model": _model_directory(config.policy.model, base)},
         "run": {"dir": str(config.run_dir.absolute())},
     }
@@ -79,6 +84,21 @@ def _arg_files(value: Any, base: Path, key: str) -> Any:
         case list():
             return [_arg_files(item, base, key) for item in value]
     return value
+
+
+def _drift_files(drift: DriftOptions, base: Path) -> dict[str, Any]:
+    held_out = drift.held_out
+    if held_out is not None:
+        held_out = held_out.model_copy(update={"path": _data_path(held_out.path, base)})
+    return {"bad": _data_path(drift.bad, base), "held_out": held_out}
+
+
+def _early(early: EarlyOptions, base: Path) -> EarlyOptions:
+    if early.rule is None:
+        return early
+    rule = _plugin(early.rule, base, "resampling.early.rule")
+    args = _arg_files(early.args, base, "resampling.early.args")
+    return early.model_copy(update={"rule": rule, "args": args})
 
 
 def _plugin(name: str, base: Path, key: str) -> str:

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from judges.interface import Text, text_of
 from pipeline.comparison import Comparison, compare_probabilities, compare_scores
-from pipeline.drift import kl_to_reference, length_mean, repetition_rate
+from pipeline.drift_measures import kl_to_reference, length_mean, repetition_rate
 from pipeline.judging import Judges
 from pipeline.learner import RemoteLearner
 from pipeline.replica import Replica

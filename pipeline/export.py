@@ -8,13 +8,25 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from judges.errors import UserError
 from judges.interface import Text
 from pipeline.ledger import Ledger
-from workers.messages import Fate, Round
+from workers.messages import Completion, Fate, Round
+
+OF_A_SIDE = {
+    "ids": pa.list_(pa.int64()),
+    "logprobs": pa.list_(pa.float32()),
+    "sampling_logprobs": pa.list_(pa.float32()),
+    "sample": pa.int64(),
+    "seed": pa.int64(),
+    "finished": pa.bool_(),
+    "reference_share": pa.float64(),
+}
+"""What is kept of each completion, beside its text."""
 
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 
@@ -23,11 +35,13 @@ def export_pairs(run_dir: Path, out: Path) -> int:
     """Write every learned pair of the run's ledger to ``out`` (.parquet or .jsonl); how many.
 
     Columns: prompt, chosen, rejected (text; for chat the messages and one assistant message each,
-    TRL's conversational form), prompt_ids, chosen_ids, rejected_ids (the tokens as sampled),
-    chosen_reference_share, rejected_reference_share (0 unless an opponent wrote it, as in XPO),
-    label_prob (P(chosen is better)), round, version, position. Where a run mixes text and chat,
-    text becomes a user message: a set has one form. A run that labelled completions one by one
-    has prompt, completion, label (desirable), prompt_ids, completion_ids instead.
+    TRL's conversational form), label_prob (P(chosen is better)), prompt_ids, round, version,
+    position, positions (how many the run drew) and, of each side, ``chosen_…`` and ``rejected_…``,
+    what a replay needs: ids (the tokens as sampled), logprobs, sampling_logprobs (null where the
+    same), sample (its index), seed, finished, reference_share (0 unless an opponent wrote it, as in
+    XPO). Where a run mixes text and chat, text becomes a user message: a set has one form. A run
+    that labelled completions one by one has completion and label (desirable) instead, and
+    ``completion_…``.
     Raises UserError for another suffix, an existing file and a run that learned from nothing.
     """
     if out.suffix not in (".parquet", ".jsonl"):
@@ -40,6 +54,8 @@ def export_pairs(run_dir: Path, out: Path) -> int:
     if not len(ledger):
         raise UserError(f"{run_dir}: no ledger with a round in it; give a run's directory")
     rows = [row for round_ in ledger for row in _learned(round_)]
+    positions = 1 + max(group.prompt.position for round_ in ledger for group in round_.groups)
+    rows = [row | {"positions": positions} for row in rows]
     if not rows:
         raise UserError(
             f"{run_dir}: nothing was learned from in {len(ledger)} rounds; see `dropped` in "
@@ -76,22 +92,30 @@ def _learned(round_: Round) -> Iterator[dict[str, Any]]:
                 continue
             chosen, rejected = by_sample[pair.chosen], by_sample[pair.rejected]
             yield origin | {
-                "chosen": chosen.text,
-                "rejected": rejected.text,
-                "chosen_ids": chosen.ids.tolist(),
-                "rejected_ids": rejected.ids.tolist(),
-                "chosen_reference_share": chosen.reference_share,
-                "rejected_reference_share": rejected.reference_share,
+                **_side("chosen", chosen),
+                **_side("rejected", rejected),
                 "label_prob": pair.label_prob,
             }
         for label in group.labels:
             if label.fate is Fate.LEARN:
                 completion = by_sample[label.sample]
-                yield origin | {
-                    "completion": completion.text,
-                    "label": label.desirable,
-                    "completion_ids": completion.ids.tolist(),
-                }
+                yield origin | _side("completion", completion) | {"label": label.desirable}
+
+
+def _side(name: str, completion: Completion) -> dict[str, Any]:
+    behaviour = completion.behaviour_logprobs
+    tempered = not np.array_equal(behaviour, completion.logprobs)
+    recorded = bool(np.isfinite(completion.logprobs).all())
+    return {
+        name: completion.text,
+        f"{name}_ids": completion.ids.tolist(),
+        f"{name}_logprobs": completion.logprobs.tolist() if recorded else None,
+        f"{name}_sampling_logprobs": behaviour.tolist() if recorded and tempered else None,
+        f"{name}_sample": completion.sample,
+        f"{name}_seed": completion.seed,
+        f"{name}_finished": completion.finished,
+        f"{name}_reference_share": completion.reference_share,
+    }
 
 
 def _conversational(row: dict[str, Any]) -> dict[str, Any]:
@@ -113,9 +137,9 @@ def _schema(chat: bool, paired: bool) -> pa.Schema:
     return pa.schema(
         {
             **dict.fromkeys(("prompt", *sides), content),
-            **{f"{name}_ids": pa.list_(pa.int64()) for name in ("prompt", *sides)},
-            **{f"{side}_reference_share": pa.float64() for side in sides if paired},
             **({"label_prob": pa.float64()} if paired else {"label": pa.bool_()}),
-            **dict.fromkeys(("round", "version", "position"), pa.int64()),
+            "prompt_ids": pa.list_(pa.int64()),
+            **{f"{side}_{name}": kind for side in sides for name, kind in OF_A_SIDE.items()},
+            **dict.fromkeys(("round", "version", "position", "positions"), pa.int64()),
         }
     )

@@ -5,20 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from judges.errors import UserError
+from pipeline.drift_options import DriftOptions, check_measurable
 from pipeline.pairing import PairingOptions
-from pipeline.resampling import ResamplingOptions
+from pipeline.resampling_options import ALL, EarlyOptions, ResamplingOptions
+from pipeline.training_prompts import TrainingPrompts
 from workers.generator import SamplingOptions
 from workers.learner.needs import Needs
 from workers.learner.objective_options import PdpoOptions
-from workers.learner.options import ReferenceOptions, ReferenceSchedule
-from workers.learner.pairwise_options import Options, PairwiseOptions
+from workers.learner.options import ReferenceOptions, ReferenceSchedule, is_averaged
+from workers.learner.pairwise_options import Options
 
 
 @dataclass(frozen=True, slots=True)
 class Served:
     """An objective and the sections that must give it what it needs.
 
-    ``measured``: the measures of drift ask for a reference.
+    ``drift`` may ask for a reference that the objective does without.
     """
 
     objective: Options
@@ -26,20 +28,28 @@ class Served:
     pairing: PairingOptions
     resampling: ResamplingOptions
     reference: ReferenceOptions
-    measured: bool
+    drift: DriftOptions
+    prompts: TrainingPrompts
     updates: int
 
     def check(self, needs: Needs) -> None:
         """Raises UserError where sampling, pairing or reference cannot give what is needed."""
-        self._check_pairing(needs)
-        self._check_opponent(needs)
+        given = self.prompts.pairs is not None
         self._check_reference(needs)
+        self._check_drift(needs, given)
+        self._check_correction()
         prompts = self.sampling.prompts_per_update
         if needs.mismatched and prompts < 2:
             raise UserError(
                 f"sampling.prompts_per_update={prompts}: {self.objective.name} meets completions "
                 "with other prompts: it needs at least 2"
             )
+        if given:
+            self._check_given(needs)
+            return
+        self._check_replay()
+        self._check_pairing(needs)
+        self._check_opponent(needs)
         if needs.records == "sampled" or isinstance(self.objective, PdpoOptions):
             self._check_expectation()
 
@@ -55,8 +65,7 @@ class Served:
                 f"pairing.ties=keep: {name} would call one side of a tie desirable, the other not: "
                 "set it to drop"
             )
-        likelihood = isinstance(self.objective, PairwiseOptions) and self.objective.likelihood
-        if pairing.ties == "keep" and likelihood:
+        if pairing.ties == "keep" and self.objective.likelihood:
             raise UserError(
                 f"pairing.ties=keep: {name} raises the likelihood of the chosen, and a tie has "
                 "none: set ties to drop, or objective.nll_weight to 0"
@@ -84,7 +93,7 @@ class Served:
         update = self.reference.update
         if not isinstance(update, ReferenceSchedule):
             return
-        if not (needs.reference or self.measured):
+        if not (needs.reference or self.drift.reference):
             raise UserError(
                 f"reference.update: {self.objective.name} has no reference to update: leave it "
                 "out, or set drift.reference to true to measure drift against it"
@@ -96,6 +105,63 @@ class Served:
                 f"reference.update: run.updates={self.updates} make {rounds_after_the_first + 1:g} "
                 "rounds, so the reference would never move: sample more often "
                 "(resampling.updates_per_round), or use frozen"
+            )
+
+    def _check_drift(self, needs: Needs, given: bool) -> None:
+        kept = needs.reference or self.drift.reference
+        averaged = is_averaged(self.reference)
+        check_measurable(self.drift, reference=kept, averaged=averaged, samples=not given)
+
+    def _check_replay(self) -> None:
+        replay, most = self.resampling.replay, self.resampling.updates_per_round
+        if replay == ALL or len(replay) == 1:
+            return
+        least = most if self.resampling.adaptive is None else self.resampling.adaptive.min
+        prompts = min(least, self.updates) * self.sampling.prompts_per_update
+        if round(min(replay) * prompts) == 0:
+            raise UserError(
+                f"resampling.replay={replay}: {min(replay):g} of a round's {prompts:g} prompts is "
+                "less than one: raise sampling.prompts_per_update, updates_per_round or the share"
+            )
+
+    def _check_correction(self) -> None:
+        """Weights are given once, and of importance only to pairs that were drawn at random."""
+        objective, correction = self.objective, self.resampling.weights
+        key = f"resampling.correction={correction.name}"
+        if correction.name == "none":
+            return
+        if isinstance(objective, PdpoOptions):
+            raise UserError(f"{key}: pdpo has weights of its own: set objective.weights instead")
+        if correction.name == "wpo" and getattr(objective, "wpo", False):
+            raise UserError(f"{key}: objective.wpo weighs every pair already: leave one out")
+        n, strategy = self.sampling.completions_per_prompt, self.pairing.strategy
+        if correction.by_importance and n != 2 and strategy != "random":
+            raise UserError(
+                f"{key}: importance weights are of pairs drawn at random, and pairing.strategy="
+                f"{strategy} picks from sampling.completions_per_prompt={n}: use 2, or strategy: "
+                "random"
+            )
+
+    def _check_given(self, needs: Needs) -> None:
+        """Of given pairs nothing can be asked that only a sampler gives."""
+        name, resampling = self.objective.name, self.resampling
+        early = resampling.early != EarlyOptions() or resampling.adaptive is not None
+        if early or self.drift.resample:
+            keys = "resampling.early, resampling.adaptive and drift.resample"
+            raise UserError(f"prompts.pairs: given pairs are never sampled anew: leave out {keys}")
+        if needs.records == "sampled" or needs.opponent:
+            raise UserError(
+                f"prompts.pairs: {name} learns from the policy's own samples: give prompts.path, "
+                "or use an objective of pairs"
+            )
+        if isinstance(self.objective, PdpoOptions) and self.objective.weights == "none":
+            raise UserError(
+                f"prompts.pairs: {name} takes an expectation over the policy's own pairs, and "
+                "these are given: set objective.weights to clipped, raw or self_normalized"
+            )
+        if self.prompts.behaviour == "reference" and not (needs.reference or self.drift.reference):
+            raise UserError(
+                f"prompts.behaviour=reference: {name} has no reference: set drift.reference to true"
             )
 
     def _check_expectation(self) -> None:

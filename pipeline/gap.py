@@ -8,12 +8,16 @@ import numpy as np
 
 from pipeline.config import Config
 from pipeline.learner import RemoteLearner
-from pipeline.resampling import RoundPlan, scored_once
+from pipeline.ledger import Ledger
+from pipeline.lesson import Lesson, earlier_groups, terms_of
+from pipeline.resampling import RoundPlan
 from workers.generator import GapOptions
 from workers.messages import Completion, Round
 
 
-def corrected(plan: RoundPlan, round_: Round, cfg: Config, learner: RemoteLearner) -> Round:
+def corrected(
+    plan: RoundPlan, round_: Round, cfg: Config, learner: RemoteLearner, ledger: Ledger
+) -> Round:
     """The round with the learner's own log-probabilities where its gap is above the limit.
 
     The learner must be at the version that sampled it: at lag 0 the policy's log-probabilities in
@@ -22,8 +26,9 @@ def corrected(plan: RoundPlan, round_: Round, cfg: Config, learner: RemoteLearne
     limit = cfg.generator.gap.correct_above
     if limit is None or round_.logprob_gap is None or round_.logprob_gap <= limit:
         return round_
-    needs, seed, score = cfg.objective.needs, cfg.run.seed, learner.score_policy
-    scores = scored_once(plan, round_, cfg.sampling, needs, seed, score)
+    earlier = earlier_groups(plan, ledger, cfg.run.seed, None)
+    lesson = Lesson(plan, round_, earlier, terms_of(cfg))
+    scores = lesson.scored_once(learner.score_policy)
 
     def correct(completion: Completion) -> Completion:
         own = scores[completion.position, completion.sample]

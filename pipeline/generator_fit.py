@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from judges.errors import UserError
-from pipeline.resampling import ResamplingOptions
+from pipeline.resampling_options import ResamplingOptions
 from workers.generator import GeneratorOptions
 from workers.learner.needs import Needs
 from workers.learner.options import LearnerOptions

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,13 +10,18 @@ import numpy as np
 
 from judges.errors import UserError
 from judges.plugins import is_plugin, load_plugin
+from pipeline.completion_encoder import CompletionEncoder
 from pipeline.config import Config
 from pipeline.dashboards import wandb_module
+from pipeline.given_pairs import GivenPairs
 from pipeline.launch.crew import judges_of
 from pipeline.pairing import Pairing
+from pipeline.probes import Probes, read_bad, read_held_out
 from pipeline.prompts import PromptEncoder, PromptOptions, PromptStream
+from pipeline.staleness import Staleness
 from pipeline.sync import PROBE_NEW_TOKENS, PROBE_PROMPT_TOKENS
 from workers.endings import endings_of
+from workers.generator import SamplingOptions
 from workers.learner.objective_options import BcoOptions
 from workers.messages import IntArray, Prompt
 from workers.models.resolve import resolve_encoder, resolve_model
@@ -26,16 +32,23 @@ class Inputs:
     """What a run reads, checked before anything is started or written."""
 
     tokenizer: Any
-    prompts: PromptStream
+    prompts: PromptStream | GivenPairs
     held_out: list[Prompt]
     context: int
+    probes: Probes
+
+    def first_prompts(self) -> list[Prompt]:
+        """The first prompts that are learned from."""
+        if isinstance(self.prompts, PromptStream):
+            return self.prompts.take(0, 8)
+        return [group.prompt for group in self.prompts.take(0, min(8, len(self.prompts)), 0)]
 
     def probe_ids(self) -> IntArray:
         """A fixed probe prompt: the first prompts of the stream end to end, cut to fit."""
         length = min(PROBE_PROMPT_TOKENS, self.context - PROBE_NEW_TOKENS)
         ids: list[int] = []
         while len(ids) < length:
-            ids += [int(i) for prompt in self.prompts.take(0, 8) for i in prompt.ids]
+            ids += [int(i) for prompt in self.first_prompts() for i in prompt.ids]
         return np.array(ids[:length], np.int64)
 
 
@@ -43,15 +56,21 @@ def check_inputs(cfg: Config) -> Inputs:
     """Model, prompts and plug-ins, each mistake found before anything is started or written."""
     tokenizer, window = load_tokenizer(cfg.policy.model)
     context = longest_sequence(cfg, window)
-    endings_of(resolve_model(cfg.policy.model), tokenizer, cfg.sampling)
+    location = resolve_model(cfg.policy.model)
+    endings_of(location, tokenizer, cfg.sampling)
+    ends = endings_of(location, tokenizer, SamplingOptions()).token_ids
 
     def encoder(options: PromptOptions) -> PromptEncoder:
         new_tokens = cfg.sampling.max_new_tokens
         template_args = options.chat_template_args
         return PromptEncoder(tokenizer, context, new_tokens, template_args, context < window)
 
-    prompts = PromptStream(cfg.prompts, encoder(cfg.prompts), cfg.run.seed)
-    prompts.check()
+    prompts: PromptStream | GivenPairs
+    if cfg.prompts.pairs is None:
+        prompts = PromptStream(cfg.prompts, encoder(cfg.prompts), cfg.run.seed)
+        prompts.check()
+    else:
+        prompts = given_pairs(cfg, cfg.prompts.pairs, tokenizer, context, ends)
     held_out: list[Prompt] = []
     if cfg.evaluation.prompts is not None:
         stream = PromptStream(
@@ -72,7 +91,55 @@ def check_inputs(cfg: Config) -> Inputs:
     if isinstance(cfg.objective, BcoOptions) and cfg.objective.embedding_model is not None:
         resolve_encoder(cfg.objective.embedding_model)
     pairing_of(cfg)
-    return Inputs(tokenizer, prompts, held_out, context)
+    Staleness(cfg.resampling.early)
+    return Inputs(tokenizer, prompts, held_out, context, probes_of(cfg, tokenizer, context, ends))
+
+
+def given_pairs(
+    cfg: Config, path: str, tokenizer: Any, context: int, ends: Iterable[int]
+) -> GivenPairs:
+    """The pairs that a config names, each row checked.
+
+    Raises UserError where rows are not what the objective learns from, or weights need a record of
+    who wrote them and there is none.
+    """
+    options = cfg.prompts
+    pairs = GivenPairs(
+        path,
+        tokenizer,
+        options.chat_template_args,
+        chat=options.chat,
+        order=options.order,
+        too_long=options.too_long,
+        max_tokens=context,
+        run_seed=cfg.run.seed,
+        ends=ends,
+        split=options.split,
+    )
+    pairs.check()
+    name = cfg.objective.name
+    if pairs.unpaired and cfg.needs.records != "unpaired":
+        raise UserError(
+            f"prompts.pairs={path}: completions with a label, and {name} learns from pairs: use "
+            "kto or bco"
+        )
+    if cfg.needs.sampling_logprobs and options.behaviour == "recorded" and not pairs.recorded:
+        raise UserError(
+            f"prompts.pairs={path}: weights need to know who wrote the pairs, and not every row "
+            "has chosen_logprobs and rejected_logprobs: declare prompts.behaviour=reference, or "
+            "leave the weights out"
+        )
+    return pairs
+
+
+def probes_of(cfg: Config, tokenizer: Any, context: int, ends: Iterable[int]) -> Probes:
+    """The texts whose log-probabilities are watched, each checked."""
+    encoder = CompletionEncoder(tokenizer, cfg.prompts.chat_template_args, ends)
+    bad, held_out = cfg.drift.bad, cfg.drift.held_out
+    return Probes(
+        [] if bad is None else read_bad(bad, encoder, context, cfg.prompts.chat),
+        [] if held_out is None else read_held_out(held_out, tokenizer, context),
+    )
 
 
 def longest_sequence(cfg: Config, context: int) -> int:

@@ -14,10 +14,14 @@ from rich.console import Console
 
 from judges.errors import UserError
 from pipeline import loop
+from pipeline.brake import Brake
 from pipeline.checkpoint import Checkpoints, Cursor
 from pipeline.config import Config, threads_of
 from pipeline.drift import Drift
 from pipeline.evaluate import Evaluator
+from pipeline.foreign import foreign_pairs
+from pipeline.given_pairs import GivenPairs
+from pipeline.given_rounds import GivenRounds
 from pipeline.human_pages import announced, human_table_of
 from pipeline.inputs import Inputs, check_inputs, pairing_of
 from pipeline.judge_fit import evaluating_judges, selection_of
@@ -30,7 +34,7 @@ from pipeline.progress import Progress
 from pipeline.prompts import PromptStream
 from pipeline.replica import Replica
 from pipeline.report import Sample
-from pipeline.rollout import Rollout, UnitSize
+from pipeline.rollout import Rollout, RoundSource, UnitSize
 from pipeline.run_directory import (
     create_run_directory,
     read_run_config,
@@ -38,9 +42,11 @@ from pipeline.run_directory import (
     write_run_config,
 )
 from pipeline.selection import Selection
+from pipeline.staleness import Staleness
 from pipeline.stopping import Stop, Stopped
 from pipeline.sync import WeightSync
 from pipeline.tracking import Tracker, metrics
+from pipeline.watch import Watch
 from workers.learner.options import is_averaged
 from workers.messages import Prompt
 
@@ -48,6 +54,9 @@ if TYPE_CHECKING:
     from judges.human.table import HumanTable
 
 SAMPLES_SHOWN = 3
+
+MAY_CHANGE = ("judge.budget", "drift.stop", "drift.warn")
+"""What a resumed run may be told anew: it changes no number of the run up to there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +87,7 @@ def run(cfg: Config, *, quiet: bool = False) -> RunResult:
 
 def settled(cfg: Config) -> Config:
     """The config with the backend that auto stands for: a resumed run goes on with the same."""
-    backend = cfg.generator.backend_for(cfg.objective.needs)
+    backend = cfg.generator.backend_for(cfg.needs)
     generator = cfg.generator.model_copy(update={"backend": backend})
     return cfg.model_copy(update={"generator": generator})
 
@@ -87,13 +96,14 @@ def resume(run_dir: str | Path, overrides: Sequence[str] = (), *, quiet: bool = 
     """Go on with a run that stopped or was killed: same losses and weights as uninterrupted.
 
     Rounds that reached the ledger are reused; metrics are cut back to the checkpoint.
-    ``overrides`` of judge.budget are kept in the run's config; UserError for any other.
+    ``overrides`` of what stopped it (``MAY_CHANGE``) are kept in the run's config; UserError for
+    any other.
     """
     for override in overrides:
-        if not override.startswith("judge.budget"):
+        if not override.startswith(MAY_CHANGE):
             raise UserError(
-                f"{override}: a run goes on as it began; only judge.budget may change: start "
-                "another run for anything else"
+                f"{override}: a run goes on as it began; only judge.budget, drift.stop and "
+                "drift.warn may change: start another run for anything else"
             )
     cfg, recorded = read_run_config(Path(run_dir), overrides)
     if overrides:
@@ -151,7 +161,8 @@ def _run(cfg: Config, inputs: Inputs, threads: dict[str, int], new: bool, quiet:
         stack.enter_context(announced(judges_of(cfg), cfg.run_dir, progress.say))
         crew = stack.enter_context(start_crew(cfg, plan))
         judges = judges_with(cfg, crew, inputs)
-        compares = judges.check(inputs.prompts.take(0, 8) + inputs.held_out[:1])
+        sampled = [] if cfg.prompts.pairs else inputs.first_prompts()
+        compares = judges.check(sampled + inputs.held_out[:1])
         selection = selection_of(cfg, compares, len(inputs.held_out), crew.learner)
         if new:
             create_run_directory(cfg, threads)
@@ -159,25 +170,34 @@ def _run(cfg: Config, inputs: Inputs, threads: dict[str, int], new: bool, quiet:
         for note in learner.notes():
             progress.say(note)
 
-        drift = Drift(averaged=is_averaged(cfg.reference))
+        drift = Drift(is_averaged(cfg.reference), inputs.probes)
         tracker = Tracker(cfg.run_dir, cfg.tracking, [progress])
         stack.callback(tracker.close)
         checkpoints = checkpoints_of(cfg)
         cursor = checkpoints.restore(learner)
-        _go_back(cursor, drift, tracker)
+        watch = Watch(Staleness(cfg.resampling.early), Brake(cfg.drift))
+        _go_back(cursor, drift, watch, tracker)
         if cursor.update:
             progress.say(f"resumed after update {cursor.update}")
         replicas = replicas_of(cfg, crew, inputs)
         evaluations = cfg.run_dir / "evaluations"
         evaluator = evaluator_of(cfg, judges, replicas, inputs.held_out, evaluations)
+        sync = WeightSync([*replicas, *judges.given_weights], inputs.probe_ids())
+        source: RoundSource
+        if isinstance(inputs.prompts, GivenPairs):
+            source = GivenRounds(inputs.prompts)
+            _say_of_given_pairs(cfg, inputs.prompts, replicas, learner, sync, progress)
+        else:
+            source = _rollout(cfg, replicas, judges, selection, inputs.prompts)
         stop = stack.enter_context(Stop(cfg.run_dir))
         loop.run(
             cfg,
-            rollout=_rollout(cfg, replicas, judges, selection, inputs.prompts),
+            rollout=source,
             learner=learner,
-            sync=WeightSync([*replicas, *judges.given_weights], inputs.probe_ids()),
+            sync=sync,
             ledger=Ledger(cfg.run_dir / "ledger"),
             drift=drift,
+            watch=watch,
             tracker=tracker,
             checkpoints=checkpoints,
             evaluator=evaluator,
@@ -188,6 +208,24 @@ def _run(cfg: Config, inputs: Inputs, threads: dict[str, int], new: bool, quiet:
     samples = evaluator.samples(cfg.run.updates, SAMPLES_SHOWN)
     people = human_table_of(judges_of(cfg), cfg.run_dir, evaluator.compared)
     return RunResult(cfg.run_dir, last_evaluations(cfg.run_dir), samples, people)
+
+
+def _say_of_given_pairs(
+    cfg: Config,
+    pairs: GivenPairs,
+    replicas: Sequence[Replica],
+    learner: RemoteLearner,
+    sync: WeightSync,
+    progress: Progress,
+) -> None:
+    """How many there are, what was left out, and whether the policy would say such things."""
+    left_out = ", ".join(f"{count} {reason}" for reason, count in pairs.left_out.items())
+    kind = "labelled completions" if pairs.unpaired else "pairs"
+    progress.say(f"{len(pairs)} given {kind}" + (f" (left out: {left_out})" if left_out else ""))
+    if learner.version == 0:
+        sync.push(learner)
+        if note := foreign_pairs(pairs, replicas, learner, cfg.sampling, cfg.run.seed):
+            progress.say(note)
 
 
 def checkpoints_of(cfg: Config) -> Checkpoints:
@@ -206,10 +244,11 @@ def _say_how_to_resume(cfg: Config) -> Callable[..., None]:
     return exit_
 
 
-def _go_back(cursor: Cursor, drift: Drift, tracker: Tracker) -> None:
+def _go_back(cursor: Cursor, drift: Drift, watch: Watch, tracker: Tracker) -> None:
     tracker.cut(cursor.metrics_bytes)
-    if cursor.drift is not None:
+    if cursor.drift is not None and cursor.watch is not None:
         drift.load(cursor.drift)
+        watch.load(cursor.watch)
 
 
 def last_evaluations(run_dir: Path) -> list[dict[str, Any]]:
@@ -287,7 +326,7 @@ def _rollout(
 
 def unit_size(cfg: Config, fixed: int) -> UnitSize:
     """How a round is cut into calls of the generators."""
-    if cfg.generator.backend_for(cfg.objective.needs) == "vllm":
+    if cfg.generator.backend_for(cfg.needs) == "vllm":
         return UnitSize(replicas=cfg.generator.replicas)
     return UnitSize(fixed)
 
@@ -301,7 +340,7 @@ def rests(cfg: Config) -> bool:
 def reference_shares(cfg: Config) -> list[float]:
     """Whose each sample of a prompt is: the second may be an opponent's (XPO, Nash-MD)."""
     own = [0.0] * cfg.sampling.completions_per_prompt
-    opponent = cfg.objective.needs.opponent
+    opponent = cfg.needs.opponent
     return [*own[:-1], opponent] if opponent else own
 
 

@@ -10,7 +10,7 @@ from judges.errors import UserError
 from judges.model_clients import PolicyClientOptions
 from judges.options import AskOptions, is_implicit
 from pipeline.handles import Handle
-from pipeline.resampling import Dial
+from pipeline.resampling import Dial, whole_run
 from pipeline.selection import Selection
 from workers.learner.objective_options import PdpoOptions
 
@@ -116,9 +116,8 @@ def selection_of(
     UserError where evaluation alone uses the budget up.
     """
     judge, n = cfg.judge, cfg.sampling.completions_per_prompt
-    dial = Dial(cfg.resampling, cfg.run.updates, cfg.sampling.prompts_per_update)
-    last = dial.plan(len(dial) - 1)
-    prompts = last.start + last.prompts
+    dial = Dial(cfg.resampling, cfg.run.updates, cfg.sampling.prompts_per_update, cfg.run.seed)
+    prompts = sum(plan.prompts for plan in whole_run(dial))
     judged = prompts
     if judge.select is not None and judge.budget.labels is not None:
         pairwise = compares[judge.title]

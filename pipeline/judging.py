@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from judges.model_clients import PolicyClientOptions
 from judges.options import AskOptions, is_implicit
 from pipeline.handles import Future, Handle
-from pipeline.replica import Replica, Unit
+from pipeline.replica import Replica, Unit, least_busy
 from workers.generator import SampledUnit
 from workers.judge_worker import Disputed, JudgedUnit
 from workers.messages import Prompt
@@ -47,7 +46,7 @@ class LearnerJudging:
 
 
 class Judges:
-    """Asks the judge workers in turns; the ``learner`` where the policy itself is the judge.
+    """Asks the least busy judge worker; the ``learner`` where the policy itself is the judge.
 
     ``in_one_process``: nothing can end a call that hangs, so the run has to stop.
     """
@@ -68,7 +67,6 @@ class Judges:
         self._learner = learner
         self._implicit = {t: j.args.get("beta", 0.1) for t, j in judges.items() if is_implicit(j)}
         self._in_one_process = in_one_process
-        self._turns = itertools.cycle(replicas)
 
     def check(self, prompts: Sequence[Prompt]) -> dict[str, bool]:
         """Which judges compare. Raises UserError if one needs a column that no prompt has."""
@@ -91,8 +89,9 @@ class Judges:
             beta = self._implicit[name]
             future = self._learner.submit("implicit_reward", tuple(prompts), sampled, beta)
             return LearnerJudging(future)
-        replica = next(self._turns)
-        unit = replica.call("judge", name, tuple(prompts), sampled, selected, second)
+        replica = least_busy(self.replicas, len(prompts))
+        asked = (name, tuple(prompts), sampled, selected, second)
+        unit = replica.call("judge", *asked, prompts=len(prompts))
         return Judging(self, unit)
 
     def answered(self, unit: Unit) -> JudgedUnit:

@@ -45,6 +45,12 @@ class RemoteLearner:
         self.version += 1
         return record
 
+    def reset(self) -> dict[str, Any]:
+        """An update that puts the policy back to its reference; returns its record."""
+        record: dict[str, Any] = self._call("reset")
+        self.version += 1
+        return record
+
     def weights(self, keep_from: int) -> Future[WeightPush]:
         """This version's weights, not yet here: generators take the future.
 

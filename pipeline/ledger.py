@@ -39,6 +39,7 @@ class RoundHeader:
     logprob_gap: float | None
     reference_version: int | None
     judging: dict[str, float | None] = field(default_factory=dict)
+    given: bool = False
 
 
 class Ledger:
@@ -105,6 +106,7 @@ class Ledger:
             logprob_gap=header.logprob_gap,
             reference_version=None,
             judging=header.judging,
+            given=header.given,
         )
         path = self._reference_path(index)
         if not path.is_file():
@@ -175,6 +177,7 @@ def _header(round_: Round) -> RoundHeader:
         logprob_gap=round_.logprob_gap,
         reference_version=round_.reference_version,
         judging=dict(round_.judging),
+        given=round_.given,
     )
 
 

@@ -153,6 +153,13 @@ class Progress:
         self._print(Text(_row(cells)))
         if told := _judging(record.get("judging", {})):
             self._print(Text(f"   judge: {told}", style="yellow"))
+        for alarm in record.get("alarms", []):
+            self._print(Text(f"   {visible(alarm)}", style="yellow"))
+        resampling = record.get("resampling", {})
+        if ended_by := resampling.get("ended_by"):
+            fed = f"{resampling['updates']} of {resampling['planned_updates']} updates"
+            left = f"{resampling['unused_pairs']} pairs unused"
+            self._print(Text(f"   resampled after {fed}, {left}: {visible(ended_by)}", "dim"))
         self._rows += 1
         self._round_start = now
         self._accuracies.clear()

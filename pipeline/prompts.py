@@ -58,18 +58,22 @@ class PromptOptions(PromptSource):
         return value
 
     @model_validator(mode="after")
-    def _path_or_mixture(self) -> PromptOptions:
+    def _one_place(self) -> PromptOptions:
+        self.check_place()
+        return self
+
+    def check_place(self) -> None:
+        """Raises ValueError unless there is one place that prompts come from."""
         if not self.mixture:
             if self.path is None:
                 raise ValueError("give either path or mixture")
-            return self
+            return
         for name in PromptSource.model_fields:
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"either path or mixture: with mixture, set {name} in its sources")
         for index, source in enumerate(self.mixture):
             if source.path is None:
                 raise ValueError(f"mixture[{index}] needs a path")
-        return self
 
 
 class PromptEncoder:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -45,13 +45,14 @@ class Delivery:
 class Unit:
     """A call's answer, on its way: a work unit's samples, or what a judge says of them.
 
-    ``attempt`` counts the times it was asked for, ``lives`` the workers that this replica had
-    before the one that was asked last.
+    ``prompts`` it is about. ``attempt`` counts the times it was asked for, ``lives`` the workers
+    that this replica had before the one that was asked last.
     """
 
     replica: Replica
     issue: Callable[[], Future[Any]]
     delivery: Delivery | None
+    prompts: int = 0
     attempt: int = 0
     lives: int = 0
     owed: bool = True
@@ -64,6 +65,22 @@ class Unit:
         WorkerDied where that does not help.
         """
         return self.replica.answered(self)
+
+
+def least_busy(replicas: Sequence[Replica], prompts: int) -> Replica:
+    """Who would be done first with a unit of so many prompts; of equals, the first.
+
+    By the seconds that a prompt took each of late; one that has not answered yet counts as the
+    others do. So a slow replica holds up nobody but the units it has, and gets fewer.
+    """
+    known = [replica.pace for replica in replicas if replica.pace is not None]
+    usual = sum(known) / len(known) if known else 1.0
+
+    def finish(replica: Replica) -> float:
+        pace = usual if replica.pace is None else replica.pace
+        return (replica.backlog + prompts) * pace
+
+    return min(replicas, key=finish)
 
 
 class Replica:
@@ -90,6 +107,15 @@ class Replica:
         self._journal: list[Delivery | Unit] = []
         self._deliveries = 0
         self._mends = 0
+        self.pace: float | None = None
+        """Seconds a prompt takes it, of late; None until it has answered."""
+
+    @property
+    def backlog(self) -> int:
+        """Prompts of the units that nobody has collected yet."""
+        return sum(
+            entry.prompts for entry in self._journal if isinstance(entry, Unit) and entry.owed
+        )
 
     def push(self, shipment: Shipment) -> Delivery:
         """Send weights, in turn with the rounds; waits for nothing."""
@@ -105,16 +131,16 @@ class Replica:
         def issue() -> Future[SampledUnit]:
             return self._handle.submit("sample", replace(request, after_push=self._deliveries))
 
-        return self._ask(issue)
+        return self._ask(issue, len(request.prompts))
 
-    def call(self, method: str, *args: object) -> Unit:
+    def call(self, method: str, *args: object, prompts: int = 0) -> Unit:
         """Call any other method; waits for nothing. It rests on the weights that were pushed."""
-        return self._ask(lambda: self._handle.submit(method, *args))
+        return self._ask(lambda: self._handle.submit(method, *args), prompts)
 
-    def _ask(self, issue: Callable[[], Future[Any]]) -> Unit:
+    def _ask(self, issue: Callable[[], Future[Any]], prompts: int) -> Unit:
         self._trim()
         deliveries = (e for e in reversed(self._journal) if isinstance(e, Delivery))
-        unit = Unit(self, issue, next(deliveries, None))
+        unit = Unit(self, issue, next(deliveries, None), prompts)
         self._journal.append(unit)
         self._issue(unit)
         return unit
@@ -148,6 +174,9 @@ class Replica:
             else:
                 unit.owed = False
                 self._mends = 0
+                if unit.prompts:
+                    own = found.seconds / unit.prompts
+                    self.pace = own if self.pace is None else 0.5 * (self.pace + own)
                 return found
 
     def proved(self, delivery: Delivery) -> Proof:

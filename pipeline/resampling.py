@@ -1,97 +1,116 @@
-"""The resampling dial: how many updates a round feeds, and which pairs each update gets."""
+"""The resampling dial: how many updates a round feeds, with whose prompts, how stale they get."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Literal, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from pipeline.batch import update_batch
-from pipeline.learner import RemoteLearner
-from pipeline.ledger import with_reference_logprobs
-from workers.generator import SamplingOptions
-from workers.learner.needs import Needs
-from workers.messages import BatchCompletion, Completion, Round, UpdateBatch
+from pipeline.adaptation import Adaptation
+from pipeline.resampling_options import ALL, ResamplingOptions
+from workers.messages import Round
 from workers.seeds import derive_seed
 
-ScoresT = TypeVar("ScoresT")
 
+@dataclass(frozen=True, slots=True)
+class Share:
+    """``take`` of the ``prompts`` that round ``index`` sampled from position ``start`` on."""
 
-class EarlyOptions(BaseModel):
-    """Ending a round early when its pairs have gone stale: not built yet."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    ess_below: None = Field(default=None, description="Not built yet")
-    kl_above: None = Field(default=None, description="Not built yet")
-
-
-class ResamplingOptions(BaseModel):
-    """How often the policy writes fresh pairs. It changes their age, never their number."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    updates_per_round: Annotated[int, Field(ge=1)] | float = Field(
-        default=1, description="Updates fed by one sampling: 1 is on-policy, .inf samples once"
-    )
-    passes: int = Field(default=1, ge=1, description="Times a round's pairs are learned from")
-    rounds_in_flight: int = Field(
-        default=0, ge=0, description="Rounds sampled and judged while the learner learns; 0 waits"
-    )
-    replay: list[float] = Field(
-        default=[1.0], description="Shares of this and earlier rounds (only this one is built yet)"
-    )
-    correction: Literal["none"] = Field(
-        default="none", description="Off-policy weights (not built yet)"
-    )
-    early: EarlyOptions = Field(
-        default_factory=EarlyOptions, description="Early resampling (not built yet)"
-    )
-
-    @field_validator("replay")
-    @classmethod
-    def _this_round_only(cls, shares: list[float]) -> list[float]:
-        if shares != [1.0]:
-            raise ValueError("earlier rounds cannot be mixed in yet; use [1.0]")
-        return shares
-
-    @field_validator("updates_per_round")
-    @classmethod
-    def _whole_or_infinite(cls, value: int | float) -> int | float:
-        if value == math.inf or (value >= 1 and value == int(value)):
-            return value if value == math.inf else int(value)
-        raise ValueError("a whole number from 1, or .inf")
+    index: int
+    start: int
+    prompts: int
+    take: int
 
 
 @dataclass(frozen=True, slots=True)
 class RoundPlan:
-    """Round ``index`` feeds ``updates`` updates with the prompts ``start .. start + prompts``."""
+    """Round ``index`` samples the prompts ``start .. start + prompts`` and feeds ``updates``.
+
+    ``shares`` say which prompts those updates learn from in one pass, its own first; empty: its
+    own, all of them.
+    """
 
     index: int
-    first_update: int
     updates: int
     start: int
     prompts: int
+    shares: tuple[Share, ...] = ()
+
+    @property
+    def slots(self) -> int:
+        """Prompts learned from in one pass."""
+        return sum(share.take for share in self.shares) if self.shares else self.prompts
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> RoundPlan:
+        """What ``dataclasses.asdict`` gave, after JSON."""
+        shares = tuple(Share(**share) for share in value["shares"])
+        return cls(**{**value, "shares": shares})
 
 
 class Dial:
-    """The whole run's rounds, known beforehand: sampling, judging and learning budgets are equal
-    at every setting (DESIGN: the dial keeps the budget)."""
+    """Admits rounds until they feed the whole run.
 
-    def __init__(self, options: ResamplingOptions, updates: int, prompts_per_update: int) -> None:
-        self._passes = options.passes
-        self._prompts_per_update = prompts_per_update
-        span = options.updates_per_round * options.passes
-        self._span = updates if math.isinf(span) else min(int(span), updates)
+    Unless rounds end early, sampling, judging and learning budgets are the same at every setting
+    (DESIGN: the dial keeps the budget); with ``replay`` shares fewer prompts are sampled, and as
+    many learned from.
+    """
+
+    def __init__(
+        self, options: ResamplingOptions, updates: int, prompts_per_update: int, run_seed: int = 0
+    ) -> None:
+        self._options = options
         self._updates = updates
-        self.lag_bound = (options.rounds_in_flight + 1) * self._span - 1
+        self._prompts_per_update = prompts_per_update
+        self._run_seed = run_seed
+        self._adaptation = Adaptation(options.adaptive, self._per_round(), self._ages())
+        most = self._adaptation.most
+        span = min(most * options.passes, updates)
+        self.lag_bound = (options.rounds_in_flight + 1) * int(span) - 1
+        self._planned = 0
+        self._start = 0
+        self._sampled: list[tuple[int, int]] = []
 
-    def __len__(self) -> int:
-        return math.ceil(self._updates / self._span)
+    def _per_round(self) -> int:
+        """Updates' worth of prompts that a round samples, at first."""
+        per_round = self._options.updates_per_round
+        whole_run = math.ceil(self._updates / self._options.passes)
+        return whole_run if math.isinf(per_round) else min(int(per_round), whole_run)
+
+    def _ages(self) -> int:
+        """How many times the updates of a round its last pair is older than its first update."""
+        return (self._options.rounds_in_flight + 1) * self._options.passes
+
+    @property
+    def updates_per_round(self) -> int:
+        """Updates that one pass over the next round feeds."""
+        return self._adaptation.updates_per_round
+
+    def admit(self) -> RoundPlan | None:
+        """The next round, cut to fit the run; None when those admitted feed all of it."""
+        left = self._updates - self._planned
+        if left <= 0:
+            return None
+        passes = self._options.passes
+        updates = min(self._adaptation.updates_per_round * passes, left)
+        slots = math.ceil(updates / passes) * self._prompts_per_update
+        index = len(self._sampled)
+        plan = replace(self._mixed(index, slots), updates=updates)
+        self._planned += updates
+        self._start += plan.prompts
+        self._sampled.append((plan.start, plan.prompts))
+        return plan
+
+    def ended(self, plan: RoundPlan, updates: int, ages: Mapping[str, Any]) -> None:
+        """A round is over after so many updates; what it did not feed is planned again.
+
+        ``ages`` are the measures of its pairs in the last of them: lag_max, ess, ess_per_token.
+        """
+        self._planned -= plan.updates - updates
+        self._adaptation.observe(ages)
 
     def check_lag(self, version: int, round_: Round) -> None:
         """Raise RuntimeError if the learner is further ahead of a round than admission allows."""
@@ -102,86 +121,74 @@ class Dial:
                 f"{version}: lag {lag} is outside [0, {self.lag_bound}]"
             )
 
-    def plan(self, index: int) -> RoundPlan:
-        """Round ``index``; the last one is cut to fit the run. Raises IndexError past the end."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"round {index}: the run has {len(self)} rounds")
-        sampled_before = index * math.ceil(self._span / self._passes) * self._prompts_per_update
-        updates = min(self._span, self._updates - index * self._span)
-        prompts = math.ceil(updates / self._passes) * self._prompts_per_update
-        return RoundPlan(index, index * self._span, updates, sampled_before, prompts)
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps, as JSON."""
+        return {
+            "planned": self._planned,
+            "start": self._start,
+            "sampled": self._sampled,
+            "adaptation": self._adaptation.state(),
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take up what ``state`` gave."""
+        self._planned = state["planned"]
+        self._start = state["start"]
+        self._sampled = [(start, prompts) for start, prompts in state["sampled"]]
+        self._adaptation.load(state["adaptation"])
+
+    def _mixed(self, index: int, slots: int) -> RoundPlan:
+        """Round ``index``, which learns from ``slots`` prompts, as ``replay`` mixes them."""
+        replay = self._options.replay
+        if replay == ALL:
+            return self._of_everything(index, slots)
+        if len(replay) == 1 or not index:
+            return RoundPlan(index, 0, self._start, slots)
+        takes = [round(share * slots) for share in replay[1:]]
+        earlier = self._takes(index, takes)
+        fresh = slots - sum(share.take for share in earlier)
+        own = Share(index, self._start, fresh, fresh)
+        return RoundPlan(index, 0, self._start, fresh, (own, *earlier))
+
+    def _takes(self, index: int, takes: Sequence[int]) -> list[Share]:
+        """Of the rounds before, newest first; where rounds are missing yet, more of the others."""
+        there = takes[:index]
+        wanted = sum(takes)
+        grown = _apportioned(there, wanted)
+        found = []
+        for back, take in enumerate(grown, start=1):
+            start, prompts = self._sampled[index - back]
+            found.append(Share(index - back, start, prompts, min(take, prompts)))
+        return found
+
+    def _of_everything(self, index: int, slots: int) -> RoundPlan:
+        """Each prompt sampled so far, and those of this round, is as likely as any other."""
+        rounds = [*self._sampled, (self._start, slots)]
+        rng = np.random.default_rng(derive_seed(self._run_seed, "accumulated", index))
+        prompts = [count for _, count in rounds]
+        takes = rng.multivariate_hypergeometric(prompts, slots).tolist()
+        shares = [
+            Share(i, *place, take)
+            for i, (place, take) in enumerate(zip(rounds, takes, strict=True))
+        ]
+        own, earlier = shares[-1], [share for share in shares[:-1] if share.take]
+        return RoundPlan(index, 0, self._start, slots, (own, *earlier) if index else ())
 
 
-def batches(
-    plan: RoundPlan, round_: Round, sampling: SamplingOptions, needs: Needs, run_seed: int
-) -> list[UpdateBatch]:
-    """The updates a round feeds, in order, as the objective ``needs`` their examples.
-
-    Each takes the next ``prompts_per_update`` prompts; the first pass in stream order, each later
-    pass in a derived order of its own.
-    """
-    groups = list(round_.groups)
-    found: list[UpdateBatch] = []
-    passed = 0
-    while len(found) < plan.updates:
-        order = np.arange(len(groups))
-        if passed:
-            seed = derive_seed(run_seed, "pass", plan.index, passed)
-            order = np.random.default_rng(seed).permutation(len(groups))
-        for first in range(0, len(groups), sampling.prompts_per_update):
-            chosen = [groups[i] for i in order[first : first + sampling.prompts_per_update]]
-            found.append(update_batch(chosen, needs, sampling.truncated))
-        passed += 1
-    return found[: plan.updates]
+def _apportioned(weights: Sequence[int], total: int) -> list[int]:
+    """Whole numbers in proportion to ``weights`` that sum to ``total`` (largest remainders)."""
+    whole = sum(weights)
+    if not whole:
+        return [0] * len(weights)
+    exact = [weight * total / whole for weight in weights]
+    found = [math.floor(value) for value in exact]
+    order = sorted(range(len(exact)), key=lambda i: (found[i] - exact[i], i))
+    for i in order[: total - sum(found)]:
+        found[i] += 1
+    return found
 
 
-def with_reference(
-    plan: RoundPlan,
-    round_: Round,
-    sampling: SamplingOptions,
-    needs: Needs,
-    run_seed: int,
-    learner: RemoteLearner,
-) -> Round:
-    """The round with every completion's reference log-probabilities.
-
-    Scored so that policy = reference gives a log-ratio of exactly 0.
-    """
-    score = learner.score_reference
-    return with_reference_logprobs(
-        round_, scored_once(plan, round_, sampling, needs, run_seed, score)
-    )
-
-
-def scored_once(
-    plan: RoundPlan,
-    round_: Round,
-    sampling: SamplingOptions,
-    needs: Needs,
-    run_seed: int,
-    score: Callable[[Sequence[UpdateBatch]], list[list[ScoresT]]],
-) -> dict[tuple[int, int], ScoresT]:
-    """What ``score`` says of each completion of a round, by position and sample.
-
-    Each is scored once, in the batches of the first pass, hence the micro-batches of its update;
-    completions that no example holds are scored apart.
-    """
-    learned = batches(plan, round_, sampling, needs, run_seed)
-    first_pass = learned[: math.ceil(len(round_.groups) / sampling.prompts_per_update)]
-    held = {_key(item.completion) for batch in first_pass for item in batch.completions}
-    others = tuple(
-        BatchCompletion(group.prompt.ids, completion)
-        for group in round_.groups
-        for completion in group.completions
-        if _key(completion) not in held
-    )
-    scored_batches = [*first_pass, UpdateBatch(others, ())]
-    scored: dict[tuple[int, int], ScoresT] = {}
-    for batch, scores in zip(scored_batches, score(scored_batches), strict=True):
-        for item, found in zip(batch.completions, scores, strict=True):
-            scored[_key(item.completion)] = found
-    return scored
-
-
-def _key(completion: Completion) -> tuple[int, int]:
-    return completion.position, completion.sample
+def whole_run(dial: Dial) -> Iterator[RoundPlan]:
+    """Every round of a run in which none ends early."""
+    while (plan := dial.admit()) is not None:
+        yield plan

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from pipeline.handles import Future
 from pipeline.judging import Judges, Judging, LearnerJudging
+from pipeline.learner import RemoteLearner
 from pipeline.pairing import Pairing
 from pipeline.prompts import PromptStream
-from pipeline.replica import Replica, Unit
+from pipeline.replica import Replica, Unit, least_busy
 from pipeline.resampling import RoundPlan
 from pipeline.selection import Selected, Selection
+from pipeline.sync import WeightSync
 from workers.generator import SampledUnit, SampleRequest
 from workers.messages import Completion, Prompt, PromptGroup, Round
 from workers.verdicts import judging_record, refuse_invalid_rounds
@@ -54,6 +56,22 @@ class _Unit:
     sampled: Unit
     attempt: int
     judged: Judging | LearnerJudging
+
+
+class Pending(Protocol):
+    """A round on its way."""
+
+    def result(self) -> Round:
+        """Wait for it."""
+        ...
+
+
+class RoundSource(Protocol):
+    """Where rounds come from: sampled from the policy, or given."""
+
+    def submit(self, plan: RoundPlan, learner: RemoteLearner, sync: WeightSync) -> Pending:
+        """Start the planned round; waits for nothing."""
+        ...
 
 
 class PendingRound:
@@ -107,8 +125,9 @@ class Rollout:
         self._rest_between_rounds = rest_between_rounds
         self._run_seed = run_seed
 
-    def submit(self, plan: RoundPlan, version: int) -> PendingRound:
-        """Start a round with the weights that the generators hold or are about to receive."""
+    def submit(self, plan: RoundPlan, learner: RemoteLearner, sync: WeightSync) -> PendingRound:
+        """Start a round by the learner's weights, which every generator is sent first."""
+        sync.push(learner)
         prompts = self._prompts.take(plan.start, plan.prompts)
         size = self._unit_size.of(len(prompts), len(self._reference_shares))
         requests = work_units(prompts, size, self._reference_shares, self._run_seed, "sampling")
@@ -117,7 +136,7 @@ class Rollout:
             selected = self._selection.of(request.prompts, sampled.future)
             judged = self._judged(request.prompts, sampled.future, selected)
             units.append(_Unit(request.prompts, sampled, sampled.attempt, judged))
-        return PendingRound(plan.index, version, units, self)
+        return PendingRound(plan.index, learner.version, units, self)
 
     def _judged(
         self,
@@ -194,8 +213,5 @@ def work_units(
 
 
 def submit_units(replicas: Sequence[Replica], requests: Sequence[SampleRequest]) -> list[Unit]:
-    """Share work units among the generators, in turns."""
-    return [
-        replica.sample(request)
-        for request, replica in zip(requests, itertools.cycle(replicas), strict=False)
-    ]
+    """Share work units among the generators: each to the one that will have done it first."""
+    return [least_busy(replicas, len(r.prompts)).sample(r) for r in requests]

@@ -9,6 +9,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from judges.budget import BudgetSpent
+from pipeline.brake import Alarm
 
 
 class Stopped(Exception):  # noqa: N818 (not an error: the run was asked to end)
@@ -31,12 +32,23 @@ class Stop:
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir
         self.requested = False
+        self._alarm: Alarm | None = None
         self._previous: dict[int, Any] = {}
+
+    def brake(self, alarm: Alarm | None) -> bool:
+        """Whether the run is to stop: it was asked to, or here is an alarm that stops it."""
+        if alarm is not None:
+            self.requested, self._alarm = True, alarm
+        return self.requested
 
     def check(self, update: int) -> None:
         """Raise Stopped if a stop was requested."""
-        if self.requested:
-            raise Stopped(f"after update {update}", self._run_dir)
+        if not self.requested:
+            return
+        where = f"after update {update}"
+        if self._alarm is None:
+            raise Stopped(where, self._run_dir)
+        raise Stopped(f"{where} ({self._alarm})", self._run_dir, f"{self._alarm.key}=…")
 
     def __enter__(self) -> Stop:
         if threading.current_thread() is not threading.main_thread():

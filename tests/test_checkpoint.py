@@ -11,6 +11,7 @@ import pytest
 from pipeline import checkpoint
 from pipeline.checkpoint import Checkpoints, Cursor
 from pipeline.learner import RemoteLearner
+from pipeline.resampling import RoundPlan, Share
 
 
 class Killed(BaseException):
@@ -67,12 +68,13 @@ def test_a_run_without_checkpoints_begins_at_the_beginning(tmp_path):
     assert checkpoints.all() == []
     assert checkpoints.latest_update() == 0
     assert restored(checkpoints) == (0, Cursor())
-    assert Cursor() == Cursor(update=0, round=0, batch=0, metrics_bytes=0, drift=None)
+    assert Cursor() == Cursor(update=0, batch=0, metrics_bytes=0, rounds=(), dial=None, drift=None)
 
 
 def test_the_cursor_comes_back_as_it_was(tmp_path):
     drift = {"start": -1.25, "spans": [[1, 2], [3, 4]], "seen": {"a": None}}
-    cursor = Cursor(update=7, round=3, batch=2, metrics_bytes=12345, drift=drift)
+    mixed = RoundPlan(3, 4, 60, 12, (Share(3, 60, 12, 12), Share(2, 40, 20, 4)))
+    cursor = Cursor(7, 2, 12345, (mixed, RoundPlan(4, 2, 72, 8)), {"start": 80}, drift, {"n": 1})
     checkpoints = Checkpoints(tmp_path / "checkpoints", every=1, keep=1)
     final = checkpoints.save(RemoteLearner(FakeLearner(7)), cursor)
     assert final == tmp_path / "checkpoints" / "update-000007"
@@ -83,10 +85,10 @@ def test_the_cursor_comes_back_as_it_was(tmp_path):
 def test_the_newest_are_kept_and_the_newest_is_restored(tmp_path):
     checkpoints = Checkpoints(tmp_path, every=2, keep=2)
     for update, kept in ((2, [2]), (4, [2, 4]), (6, [4, 6]), (7, [6, 7])):
-        save(checkpoints, update, round=update // 2)
+        save(checkpoints, update, batch=update // 2)
         assert names(tmp_path) == [f"update-{u:06d}" for u in kept]
         assert checkpoints.latest_update() == update
-        assert restored(checkpoints) == (update, Cursor(update, round=update // 2))
+        assert restored(checkpoints) == (update, Cursor(update, batch=update // 2))
 
 
 def test_the_newest_is_newest_by_number(tmp_path):
@@ -104,9 +106,9 @@ def test_due():
 
 def test_a_checkpoint_that_is_there_is_not_written_again(tmp_path):
     checkpoints = Checkpoints(tmp_path, every=1, keep=1)
-    final = save(checkpoints, 5, round=1)
+    final = save(checkpoints, 5, batch=1)
     before = (final / "learner.pt").stat().st_mtime_ns
-    assert save(checkpoints, 5, round=1) == final
+    assert save(checkpoints, 5, batch=1) == final
     assert (final / "learner.pt").stat().st_mtime_ns == before
 
 

@@ -80,12 +80,23 @@ def test_text(tmp_path: Path, suffix: str) -> None:
         "prompt_ids": [1, 0],
         "chosen_ids": [0, 2, 2],
         "rejected_ids": [0, 0, 2],
+        "chosen_logprobs": [0.0, 0.0, 0.0],
+        "rejected_logprobs": [0.0, 0.0, 0.0],
+        "chosen_sampling_logprobs": None,
+        "rejected_sampling_logprobs": None,
+        "chosen_sample": 2,
+        "rejected_sample": 0,
+        "chosen_seed": 2,
+        "rejected_seed": 0,
+        "chosen_finished": True,
+        "rejected_finished": True,
         "chosen_reference_share": 0.0,
         "rejected_reference_share": 0.0,
         "label_prob": 0.75,
         "round": 0,
         "version": 0,
         "position": 0,
+        "positions": 11,
     }
     names = ("round", "version", "position", "chosen", "rejected", "label_prob")
     assert [tuple(row[name] for name in names) for row in rows[1:]] == [

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from judges.errors import UserError
-from pipeline import job, resampling
+from pipeline import job
 from pipeline.config import Config
 from pipeline.handles import WorkerDied
 from pipeline.launch.crew import plan_crew
@@ -27,6 +27,7 @@ from pipeline.replica import Replica
 from pipeline.resampling import Dial
 from pipeline.stopping import Stopped
 from tests import tiny
+from tests.lessons import batches
 from workers.generator import SampledUnit, SampleRequest
 from workers.learner.learner import Learner
 from workers.messages import Fate, PromptGroup, Round
@@ -136,8 +137,8 @@ def test_a_failing_judge_trains_on_exactly_the_others(
 
     # The same update by a learner that was only ever given the other prompts.
     without = Round(0, 0, tuple(fine), round_.judge, {}, reference_version=0)
-    plan = Dial(cfg.resampling, 1, 18).plan(0)
-    [batch] = resampling.batches(plan, without, cfg.sampling, cfg.objective.needs, 0)
+    plan = Dial(cfg.resampling, 1, 18).admit()
+    [batch] = batches(plan, without, cfg.sampling, cfg.objective.needs, 0)
     learner = Learner(cfg.policy, cfg.learner, cfg.objective, 1, cfg.reference)
     scores = iter(learner.score_reference([batch])[0])
     batch = replace(

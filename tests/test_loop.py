@@ -20,23 +20,9 @@ from pipeline.learner import RemoteLearner
 from pipeline.ledger import Ledger
 from pipeline.stopping import Stopped
 from tests import tiny
+from tests.interruption import Killed, assert_same_run, kill_at_call, weights
 from workers.messages import Fate
 from workers.verdicts import JudgeFailed
-
-
-class Killed(BaseException):
-    """Stands for a process that ends between two statements."""
-
-
-def weights(run_dir: Path) -> dict[str, torch.Tensor]:
-    return load_file(run_dir / "policy" / "model.safetensors")
-
-
-def assert_same_run(one: Path, other: Path) -> None:
-    assert tiny.records(one) == tiny.records(other)
-    mine, theirs = weights(one), weights(other)
-    assert mine.keys() == theirs.keys()
-    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
 def held_out(folder: Path) -> dict[str, Any]:
@@ -127,21 +113,6 @@ def test_stopped_and_resumed_equals_uninterrupted(
     assert len(tiny.records(cut.run_dir)) < len(tiny.records(uninterrupted))
     job.resume(cut.run_dir, quiet=True)
     assert_same_run(cut.run_dir, uninterrupted)
-
-
-def kill_at_call(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int) -> None:
-    """The process ends just before the given call of a function, counted from 1."""
-    original: Callable[..., Any] = getattr(owner, name)
-    calls = 0
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == call:
-            raise Killed
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(owner, name, counted)
 
 
 KILLS = [

@@ -18,7 +18,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.resampling import Dial, ResamplingOptions, RoundPlan, batches
+from pipeline.resampling import Dial, RoundPlan, whole_run
+from pipeline.resampling_options import ResamplingOptions
+from tests.lessons import batches
 from tests.tabular import TabularGenerator, TabularLearner, TabularPolicy, Worlds
 from workers.generator import SamplingOptions
 from workers.learner.objectives import build_objective
@@ -99,7 +101,7 @@ def every(updates: int) -> ResamplingOptions:
 def learn(worlds: Worlds, options: ResamplingOptions) -> Outcome:
     """The outcome of 1024 updates of DPO, 16 pairs each, at this setting of the dial."""
     dial = Dial(options, UPDATES, SAMPLING.prompts_per_update)
-    plans = [dial.plan(index) for index in range(len(dial))]
+    plans = list(whole_run(dial))
     policy = TabularPolicy(worlds)
     objective = build_objective({"name": "dpo", "beta": BETA})
     generator = TabularGenerator(worlds, policy, prompts=plans[-1].start + plans[-1].prompts)
@@ -155,7 +157,7 @@ def test_the_draws_follow_the_policy_and_the_labels_the_rewards():
         (0,), torch.zeros(1, 3, 1), torch.tensor([rewards]), torch.tensor([probs]).log()
     )
     generator = TabularGenerator(worlds, TabularPolicy(worlds), prompts=n)
-    (round_,) = generator.sample(RoundPlan(0, 0, 1, 0, n), version=0)
+    (round_,) = generator.sample(RoundPlan(0, 1, 0, n), version=0)
     for sample in (0, 1):
         drawn = [int(group.completions[sample].ids[0]) for group in round_.groups]
         for token, p in enumerate(probs):

@@ -15,7 +15,9 @@ from pydantic import ValidationError
 
 from pipeline.batch import update_batch
 from pipeline.learner import RemoteLearner
-from pipeline.resampling import Dial, ResamplingOptions, RoundPlan, batches, with_reference
+from pipeline.resampling import Dial, RoundPlan, whole_run
+from pipeline.resampling_options import ResamplingOptions
+from tests.lessons import batches, lesson
 from workers.generator import SamplingOptions
 from workers.learner.needs import Needs
 from workers.messages import (
@@ -49,7 +51,7 @@ def dial_of(per_round: float, passes: int, in_flight: int, updates: int, prompts
 
 
 def plans_of(dial: Dial) -> list[RoundPlan]:
-    return [dial.plan(index) for index in range(len(dial))]
+    return list(whole_run(dial))
 
 
 def completion(position: int, sample: int, *, finished: bool = True) -> Completion:
@@ -101,23 +103,21 @@ def held(batch: UpdateBatch) -> list[tuple[int, int]]:
 @pytest.mark.parametrize(
     ("per_round", "passes", "plans"),
     [
-        (1, 1, [(i, i, 1, 3 * i, 3) for i in range(5)]),
-        (2, 1, [(0, 0, 2, 0, 6), (1, 2, 2, 6, 6), (2, 4, 1, 12, 3)]),
-        (math.inf, 1, [(0, 0, 5, 0, 15)]),
-        (7, 1, [(0, 0, 5, 0, 15)]),
+        (1, 1, [(i, 1, 3 * i, 3) for i in range(5)]),
+        (2, 1, [(0, 2, 0, 6), (1, 2, 6, 6), (2, 1, 12, 3)]),
+        (math.inf, 1, [(0, 5, 0, 15)]),
+        (7, 1, [(0, 5, 0, 15)]),
         # Two passes: 2 updates' prompts feed 4 updates, the last round's prompts only one.
-        (2, 2, [(0, 0, 4, 0, 6), (1, 4, 1, 6, 3)]),
-        (1, 3, [(0, 0, 3, 0, 3), (1, 3, 2, 3, 3)]),
+        (2, 2, [(0, 4, 0, 6), (1, 1, 6, 3)]),
+        (1, 3, [(0, 3, 0, 3), (1, 2, 3, 3)]),
         # 5 updates in 2 passes need 3 updates' prompts; the last of them are passed over once.
-        (math.inf, 2, [(0, 0, 5, 0, 9)]),
+        (math.inf, 2, [(0, 5, 0, 9)]),
     ],
 )
 def test_the_plans_by_hand(per_round, passes, plans):
     dial = dial_of(per_round, passes, 0, updates=5, prompts=3)
     assert plans_of(dial) == [RoundPlan(*plan) for plan in plans]
-    for index in (-1, len(plans)):
-        with pytest.raises(IndexError, match=f"round {index}: the run has {len(plans)} rounds"):
-            dial.plan(index)
+    assert dial.admit() is None
 
 
 @settings(deadline=None, max_examples=300)
@@ -126,8 +126,7 @@ def test_rounds_feed_every_update_once_from_prompts_without_gap_or_overlap(
     updates, prompts, per_round, passes, in_flight
 ):
     plans = plans_of(dial_of(per_round, passes, in_flight, updates, prompts))
-    fed = [u for plan in plans for u in range(plan.first_update, plan.first_update + plan.updates)]
-    assert fed == list(range(updates))
+    assert sum(plan.updates for plan in plans) == updates
     sampled = [p for plan in plans for p in range(plan.start, plan.start + plan.prompts)]
     assert sampled == list(range(len(sampled)))
     assert [plan.index for plan in plans] == list(range(len(plans)))
@@ -148,12 +147,11 @@ def test_lag_stays_within_its_bound_and_the_bound_is_met_by_admission_alone(
     dial = dial_of(per_round, passes, in_flight, updates, prompts)
     bound = (in_flight + 1) * min(per_round * passes, updates) - 1
     assert dial.lag_bound == bound
-    version, admitted, lags = 0, 0, []
+    version, lags = 0, []
     waiting: deque[tuple[RoundPlan, Round]] = deque()
     while version < updates:
-        while len(waiting) <= in_flight and admitted < len(dial):
-            waiting.append((dial.plan(admitted), round_of([], admitted, version)))
-            admitted += 1
+        while len(waiting) <= in_flight and (plan := dial.admit()):
+            waiting.append((plan, round_of([], plan.index, version)))
         plan, round_ = waiting.popleft()
         for _ in range(plan.updates):
             dial.check_lag(version, round_)
@@ -198,7 +196,7 @@ SAMPLING = SamplingOptions(prompts_per_update=3)
 
 
 def test_two_passes_over_two_updates_prompts():
-    plan = dial_of(2, 2, 0, updates=4, prompts=3).plan(0)
+    plan = dial_of(2, 2, 0, updates=4, prompts=3).admit()
     round_ = round_of([group(p) for p in range(6)])
     found = batches(plan, round_, SAMPLING, PAIRS, run_seed=0)
     assert [positions(batch) for batch in found[:2]] == [[0, 1, 2], [3, 4, 5]]
@@ -246,12 +244,12 @@ def test_every_pass_uses_every_prompt_once(updates, prompts, per_round, passes, 
 
 
 def test_later_passes_have_orders_of_their_own_derived_from_the_seed():
-    plan = RoundPlan(0, 0, updates=3, start=0, prompts=12)
+    plan = RoundPlan(0, updates=3, start=0, prompts=12)
     sampling = SamplingOptions(prompts_per_update=12)
     round_ = round_of([group(p) for p in range(12)])
 
     def orders(index: int, seed: int) -> list[list[int]]:
-        found = batches(RoundPlan(index, 0, plan.updates, 0, 12), round_, sampling, PAIRS, seed)
+        found = batches(RoundPlan(index, plan.updates, 0, 12), round_, sampling, PAIRS, seed)
         return [positions(batch) for batch in found]
 
     assert orders(0, seed=0) == orders(0, seed=0)
@@ -271,7 +269,7 @@ def test_dropped_pairs_and_their_completions_are_not_learned_from(fate):
 
 
 def test_an_update_whose_pairs_were_all_dropped_is_still_an_update():
-    plan = dial_of(2, 1, 0, updates=2, prompts=1).plan(0)
+    plan = dial_of(2, 1, 0, updates=2, prompts=1).admit()
     round_ = round_of([group(0, fate=Fate.TIE), group(1)])
     found = batches(plan, round_, SamplingOptions(prompts_per_update=1), PAIRS, run_seed=0)
     assert [len(batch.examples) for batch in found] == [0, 1]
@@ -296,7 +294,7 @@ def test_only_mask_keeps_gradients_out_of_unfinished_completions(truncated, lear
     batch = update_batch([group(0, unfinished=[1]), group(1)], PAIRS, truncated)
     assert held(batch) == [(0, 0), (0, 1), (1, 0), (1, 1)]
     assert [item.learn for item in batch.completions] == learn
-    plan = RoundPlan(0, 0, updates=1, start=0, prompts=2)
+    plan = RoundPlan(0, updates=1, start=0, prompts=2)
     sampling = SamplingOptions(prompts_per_update=2, truncated=truncated)
     (again,) = batches(plan, round_of([group(0, unfinished=[1]), group(1)]), sampling, PAIRS, 0)
     assert [item.learn for item in again.completions] == learn
@@ -337,11 +335,12 @@ def test_the_reference_scores_every_completion_exactly_once(updates, passes):
         group(3, unfinished=[0]),
     ]
     round_ = round_of(groups, index=0, version=0)
-    plan = RoundPlan(0, 0, updates, 0, 4)
+    plan = RoundPlan(0, updates, 0, 4)
     assert math.ceil(updates / passes) == 2
     sampling = SamplingOptions(prompts_per_update=2, truncated="mask")
     scorer = Scorer()
-    scored = with_reference(plan, round_, sampling, PAIRS, 0, RemoteLearner(scorer))
+    taught = lesson(plan, round_, sampling, PAIRS, 0)
+    scored = taught.with_reference(RemoteLearner(scorer)).round_
 
     asked = [place for batch in scorer.batches for place in held(batch)]
     everything = [(c.position, c.sample) for c in round_.completions]

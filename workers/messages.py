@@ -160,7 +160,8 @@ class Round:
     ``logprob_gap`` is the generators' distance from the learner when their weights were proved;
     ``reference_version`` that of the reference which scored it, None before or without. ``seconds``
     are wall-clock by stage: the only part of a round that differs between reruns. ``judging`` says
-    how the judge was asked and what came of it.
+    how the judge was asked and what came of it. ``given``: nobody sampled it, its pairs are of a
+    given set; ``version`` is then the policy's when it began to be learned from.
     """
 
     index: int
@@ -171,6 +172,7 @@ class Round:
     logprob_gap: float | None = None
     reference_version: int | None = None
     judging: Mapping[str, float | None] = field(default_factory=dict)
+    given: bool = False
 
     @property
     def versions(self) -> list[int]:
@@ -202,11 +204,15 @@ class Round:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BatchCompletion:
-    """A completion as the learner needs it; without ``learn`` no gradient flows into it."""
+    """A completion as the learner needs it; without ``learn`` no gradient flows into it.
+
+    ``replayed``: an earlier round's, learned from again.
+    """
 
     prompt_ids: IntArray
     completion: Completion
     learn: bool = True
+    replayed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,17 +58,17 @@ def plan_crew(cfg: Config, generator_threads: int, learner_threads: int) -> Crew
     """
     overlapping = cfg.resampling.rounds_in_flight > 0
 
-    backend = cfg.generator.backend_for(cfg.objective.needs)
+    backend = cfg.generator.backend_for(cfg.needs)
 
     def generator() -> Any:
         if backend == "vllm":
             from workers.vllm_generator import VllmGenerator
 
-            weighted = cfg.objective.needs.sampling_logprobs
+            weighted = cfg.needs.sampling_logprobs
             return VllmGenerator(cfg.policy, cfg.sampling, cfg.generator, weighted)
         from workers.transformers_generator import TransformersGenerator
 
-        opponent = cfg.objective.needs.opponent > 0.0
+        opponent = cfg.needs.opponent > 0.0
         return TransformersGenerator(cfg.policy, cfg.sampling, reference=opponent)
 
     def learner() -> Any:
@@ -84,6 +84,7 @@ def plan_crew(cfg: Config, generator_threads: int, learner_threads: int) -> Crew
             transport=cfg.generator.moves_by,
             push_dtype=cfg.generator.dtype_for(cfg.policy),
             gap_clip=cfg.generator.gap.weight_clip,
+            correction=cfg.resampling.weights,
         )
 
     files = plugin_files(judge.name for judge in judges_of(cfg).values())

@@ -59,7 +59,7 @@ class Assembly:
         self._positions = torch.tensor([item.completion.position for item in items])
         self._from_reference = torch.tensor([item.completion.reference_share > 0 for item in items])
         self._behaviour = behaviour_logps(items, self._logps.detach(), version)
-        self._wpo = _wpo(scored) if needs.collisions else None
+        self._wpo = wpo_weights(scored) if needs.collisions else None
 
     def record(
         self,
@@ -218,7 +218,7 @@ def gap_weights(
     return torch.where(corrected, log_weights.exp().clamp(max=clip), 1.0)
 
 
-def _wpo(scored: ScoredRows) -> Tensor:
+def wpo_weights(scored: ScoredRows) -> Tensor:
     """ω = exp(mean_t[log p_t − log Σ_v p_v²]), [B], constant. Eq. 2, arXiv:2406.11827."""
     aligned = [
         (logprobs.detach() - scored.log_collisions[row]).mean()

@@ -13,6 +13,7 @@ import torch
 from judges.errors import UserError
 from workers.generator import SampledUnit
 from workers.judge_worker import JudgedUnit, largest
+from workers.learner.correction_options import Correction
 from workers.learner.implicit_reward import implicit_rewards
 from workers.learner.logprobs import CompletionScorer, score_batch
 from workers.learner.loss import BatchLoss
@@ -52,7 +53,8 @@ class Learner:
     ``version`` counts updates applied. Dropout is off: a completion has one log-probability. A
     reference is kept where the objective needs one or ``keep_reference`` asks for it. With LoRA
     the adapters alone are learned, pushed and saved. ``gap_clip`` is the largest weight of a loss
-    against a corrected generator's gap; None weighs none.
+    against a corrected generator's gap; None weighs none. ``correction`` weighs what an older
+    policy wrote.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class Learner:
         transport: TransportName = "object_store",
         push_dtype: str = "float32",
         gap_clip: float | None = None,
+        correction: Correction | None = None,
     ) -> None:
         self.version = 0
         self._sent = Receipt(-1, "")
@@ -83,7 +86,9 @@ class Learner:
         if objective.needs.reference or keep_reference:
             self._reference = Reference(self._policy, reference or ReferenceOptions())
         tokens = options.tokens_per_micro_batch
-        self._loss = BatchLoss(objective, self._score_policy, self._reference, tokens, gap_clip)
+        self._loss = BatchLoss(
+            objective, self._score_policy, self._reference, tokens, gap_clip, correction
+        )
         self._optimizer = torch.optim.AdamW(
             trainable(self._policy).values(),
             lr=options.learning_rate,
@@ -191,6 +196,28 @@ class Learner:
             "reference_version": None if self._reference is None else self._reference.version,
             "grad_norm": gradient_norm,
             "learning_rate": rate,
+            "seconds": time.perf_counter() - began,
+        }
+
+    @torch.no_grad()
+    def reset(self) -> dict[str, Any]:
+        """Put the policy back to its reference, in place of an optimizer step; version += 1.
+
+        The optimizer forgets its moments. Elastic reset (arXiv:2312.07551) where the reference is a
+        moving average. Raises ValueError where there is no reference.
+        """
+        if self._reference is None:
+            raise ValueError("a reset needs a reference")
+        began = time.perf_counter()
+        self._reference.give_to(self._policy)
+        self._optimizer.state.clear()
+        batch = UpdateBatch((), ())
+        measures = update_measures(batch, None, self._objective_options, self.version)
+        self.version += 1
+        return measures | {
+            "reference_version": self._reference.version,
+            "grad_norm": None,
+            "learning_rate": 0.0,
             "seconds": time.perf_counter() - began,
         }
 

@@ -19,6 +19,8 @@ from workers.learner.assembly import (
     reference_logprobs,
 )
 from workers.learner.batching import micro_batches, pad_rows
+from workers.learner.correction import example_weights
+from workers.learner.correction_options import Correction
 from workers.learner.density_ratio import DensityRatio
 from workers.learner.logprobs import CompletionScorer, score_batch
 from workers.learner.needs import Needs
@@ -45,7 +47,8 @@ class BatchLoss:
     An objective of single examples is differentiated through each micro-batch in one pass. One that
     needs the whole update is computed on log-probabilities scored beforehand, and its gradient with
     respect to them is carried through a second pass: accumulation cannot change it. Each example's
-    loss is multiplied by its ``gap_weights`` under ``gap_clip``.
+    loss is multiplied by its ``gap_weights`` under ``gap_clip`` and by the weight that
+    ``correction`` gives what an older policy wrote.
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class BatchLoss:
         reference: Reference | None,
         tokens_per_micro_batch: int,
         gap_clip: float | None = None,
+        correction: Correction | None = None,
     ) -> None:
         self._name = options.name
         self._objective = build_objective(options)
@@ -62,14 +66,16 @@ class BatchLoss:
         self._reference = reference
         self._tokens_per_micro_batch = tokens_per_micro_batch
         self._gap_clip = gap_clip
+        self._correction = correction or Correction()
+        self._needs = self._correction.widen(self._objective.needs)
         self._density_ratio: DensityRatio | None = None
         if isinstance(options, BcoOptions) and options.embedding_model is not None:
             self._density_ratio = DensityRatio(options.embedding_model)
 
     @property
     def needs(self) -> Needs:
-        """What the objective must be given."""
-        return self._objective.needs
+        """What the objective and its correction must be given."""
+        return self._needs
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds."""
@@ -159,7 +165,7 @@ class BatchLoss:
         self, update: _Update, scored: ScoredRows, examples: Sequence[BatchExample]
     ) -> ObjectiveOutput:
         density_ratio = self._density_ratio(examples) if self._density_ratio else None
-        assembly = Assembly(update.batch, scored, self.needs, update.version)
+        assembly = Assembly(update.batch, scored, self._objective.needs, update.version)
         output = self._objective(assembly.record(examples, update.mismatched, density_ratio))
         learns = any(logprobs.requires_grad for logprobs in scored.logprobs.values())
         if learns and not output.loss.requires_grad:
@@ -167,8 +173,15 @@ class BatchLoss:
                 f"objective.name={self._name}: its loss does not depend on the policy: compute it "
                 "from the record's log-probabilities, without detach()"
             )
-        weights = gap_weights(update.batch.completions, examples, self._gap_clip)
-        return replace(output, loss=output.loss * weights.to(output.loss))
+        batch = update.batch
+        correction = example_weights(self._correction, batch, scored, examples, update.version).to(
+            output.loss
+        )
+        gaps = gap_weights(batch.completions, examples, self._gap_clip).to(output.loss)
+        measures = dict(output.measures)
+        if self._correction.name != "none":
+            measures["correction_weight"] = correction
+        return replace(output, loss=output.loss * gaps * correction, measures=measures)
 
     def _mismatched(self, items: tuple[BatchCompletion, ...]) -> tuple[Tensor, Tensor] | None:
         """Policy and reference log-probabilities [M] of completions under others' prompts."""
@@ -188,9 +201,11 @@ class BatchLoss:
         """What was scored and lost, as columns over the batch."""
         items = update.batch.completions
         logps = torch.full((len(items),), torch.nan)
+        moved = torch.full((len(items),), torch.nan, dtype=torch.float64)
         for scored, _ in parts:
             for row, logprobs in scored.logprobs.items():
                 logps[row] = logprobs.detach().sum()
+                moved[row] = _divergence(items[row], logprobs.detach(), update.version)
         reference = None
         if self.needs.reference:
             reference = torch.stack([reference_logprobs(item).sum() for item in items])
@@ -202,12 +217,26 @@ class BatchLoss:
             logps=logps.double().numpy(),
             ref=None if reference is None else reference.double().numpy(),
             log_weight=log_weight.double().numpy(),
+            moved=torch.where(own, moved, 0.0).numpy(),
             loss=_column([output.loss for output in outputs]),
             measures={
                 name: _column([output.measures[name] for output in outputs])
                 for name in outputs[0].measures
             },
         )
+
+
+def _divergence(item: BatchCompletion, logprobs: Tensor, version: int) -> Tensor:
+    """Σ_t (r_t − 1 − ln r_t), r = π / the policy that sampled, at temperature 1: KL in nats.
+
+    Unbiased and never negative where that policy's plain softmax was sampled (the estimator k3 of
+    Schulman, Approximating KL Divergence, 2020). Exactly 0 for what this version sampled.
+    """
+    completion = item.completion
+    if completion.version == version and completion.sampling_logprobs is None:
+        return torch.zeros((), dtype=torch.float64)
+    log_ratio = logprobs.double() - torch.from_numpy(completion.logprobs).double()
+    return (torch.expm1(log_ratio) - log_ratio).sum()
 
 
 def _column(values: Sequence[Tensor]) -> DoubleArray:

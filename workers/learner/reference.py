@@ -49,6 +49,13 @@ class Reference:
             mine.lerp_(learned[name], share)
         self.version = version
 
+    @torch.no_grad()
+    def give_to(self, policy: Any) -> None:
+        """Make the policy's weights those of the reference."""
+        own = trainable(self._model)
+        for name, theirs in trainable(policy).items():
+            theirs.copy_(own[name])
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds."""
         return {"model": model_state(self._model), "version": self.version, "round": self._round}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -32,6 +33,7 @@ MEASURES = (
     "lag_max",
     "ess",
     "ess_per_token",
+    "kl_from_sampler",
 )
 
 
@@ -40,12 +42,14 @@ class Scored:
     """Columns [C] over a batch's completions and [E] over its examples.
 
     ``ref`` is None without a reference; ``log_weight`` [C] is log π − log of the distribution
-    sampled from; ``measures`` are the objective's own, [E] each.
+    sampled from; ``moved`` [C] the KL, in nats, from the policy that sampled each completion to the
+    policy, as estimated on it; ``measures`` are the objective's own, [E] each.
     """
 
     logps: DoubleArray
     ref: DoubleArray | None
     log_weight: DoubleArray
+    moved: DoubleArray
     loss: DoubleArray
     measures: Mapping[str, DoubleArray]
 
@@ -58,17 +62,18 @@ def update_measures(
     Chosen and rejected are the two sides of a pair, the desirable and the undesirable completions,
     the first and the last of a ranking, the samples that beat and that lost to their opponent.
     ``accuracy`` is the share of pairs (of neighbours in a ranking) that the implicit reward orders
-    as the label does, even labels aside.
+    as the label does, even labels aside. The measures of age (lag, ESS, the KL from the sampler in
+    nats a token) are of the round's own examples; ``replayed`` has those of earlier rounds'.
+    ``lags`` counts every example by its lag.
     """
     if scored is None:
-        return dict.fromkeys(MEASURES) | {"pairs": 0, "tokens": 0, "objective": {}}
+        nothing = {"pairs": 0, "tokens": 0, "lags": {}, "replayed": None, "objective": {}}
+        return dict.fromkeys(MEASURES) | nothing
     chosen, rejected = _sides(batch.examples)
     lengths = np.array([len(item.completion.ids) for item in batch.completions], np.float64)
     reward = np.asarray(objective.implicit_reward(scored.logps, scored.ref, lengths))
     rows = [list(example.rows) for example in batch.examples]
-    log_weight = np.array([scored.log_weight[r].sum() for r in rows])
-    tokens = np.array([lengths[r].sum() for r in rows])
-    lags = [version - batch.completions[r[0]].completion.version for r in rows]
+    ages = [_Ages(batch, scored, version, replayed) for replayed in (False, True)]
     return {
         "loss": float(np.mean(scored.loss)),
         "margin": _margin(reward, chosen, rejected),
@@ -77,14 +82,55 @@ def update_measures(
         "rewards_rejected": _mean(reward[rejected]),
         "chosen_logps": _mean(scored.logps[chosen]),
         "rejected_logps": _mean(scored.logps[rejected]),
-        "lag_mean": float(np.mean(lags)),
-        "lag_max": max(lags),
-        "ess": effective_sample_share(log_weight),
-        "ess_per_token": effective_sample_share(log_weight / tokens),
+        **ages[0].measures(),
+        "lags": ages[0].lags(),
+        "replayed": {"pairs": len(ages[1]), **ages[1].measures()} if len(ages[1]) else None,
         "pairs": len(rows),
-        "tokens": int(tokens.sum()),
+        "tokens": int(sum(lengths[r].sum() for r in rows)),
         "objective": {name: _mean(values) for name, values in scored.measures.items()},
     }
+
+
+class _Ages:
+    """How old an update's examples are: the round's own, or the replayed ones."""
+
+    def __init__(self, batch: UpdateBatch, scored: Scored, version: int, replayed: bool) -> None:
+        self._rows = [
+            list(example.rows)
+            for example in batch.examples
+            if batch.completions[example.rows[0]].replayed is replayed
+        ]
+        self._items = [item.completion for item in batch.completions]
+        self._scored = scored
+        self._version = version
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def lags(self) -> dict[str, int]:
+        """Examples by their lag."""
+        return {str(lag): count for lag, count in sorted(Counter(self._lags()).items())}
+
+    def _lags(self) -> list[int]:
+        return [self._version - self._items[rows[0]].version for rows in self._rows]
+
+    def measures(self) -> dict[str, float | None]:
+        """Lag, effective sample size and the KL from the sampler; None of nothing."""
+        names = ("lag_mean", "lag_max", "ess", "ess_per_token", "kl_from_sampler")
+        if not self._rows:
+            return dict.fromkeys(names)
+        log_weight = np.array([self._scored.log_weight[rows].sum() for rows in self._rows])
+        tokens = np.array([sum(len(self._items[row].ids) for row in rows) for rows in self._rows])
+        held = sorted({row for rows in self._rows for row in rows})
+        nats = float(self._scored.moved[held].sum())
+        found = (
+            float(np.mean(self._lags())),
+            max(self._lags()),
+            effective_sample_share(log_weight),
+            effective_sample_share(log_weight / tokens),
+            nats / sum(len(self._items[row].ids) for row in held),
+        )
+        return dict(zip(names, found, strict=True))
 
 
 def effective_sample_share(log_weight: DoubleArray) -> float:
