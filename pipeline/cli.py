@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,14 +12,21 @@ from rich.console import Console
 
 from judges.budget import BudgetSpent
 from judges.errors import UserError
+from pipeline.cli_tools import (
+    EXIT_FAILURE,
+    EXIT_MISTAKE,
+    EXIT_STOPPED,
+    RunDir,
+    complain,
+    one_process_environment,
+    tools,
+)
 from pipeline.handles import WorkerDied
 from workers.verdicts import JudgeFailed
 from workers.weight_sync.buckets import SyncError
 
 if TYPE_CHECKING:
     from pipeline.job import RunResult
-
-EXIT_FAILURE, EXIT_MISTAKE, EXIT_STOPPED = 1, 2, 3
 
 app = typer.Typer(
     name="freshpairs",
@@ -32,7 +38,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run directory, e.g. runs/x.")]
+app.add_typer(tools)
 
 
 @app.command(
@@ -48,7 +54,7 @@ def train(
     from pipeline.config import load_config
 
     cfg = load_config(config, overrides or [])
-    _one_process_environment(cfg.cluster.address)
+    one_process_environment(cfg.cluster.address)
     from pipeline import job
 
     _show(job.run(cfg))
@@ -59,14 +65,16 @@ def resume(
     run_dir: RunDir,
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[judge.budget.KEY=VALUE]…", help="More for the judge to spend."),
+        typer.Argument(
+            metavar="[KEY.PATH=VALUE]…", help="What stopped it: judge.budget.…, drift.stop.…"
+        ),
     ] = None,
 ) -> None:
     """Go on with a run that was stopped or killed, as if nothing had happened."""
     from pipeline.run_directory import read_run_config
 
     cfg, _ = read_run_config(run_dir)
-    _one_process_environment(cfg.cluster.address)
+    one_process_environment(cfg.cluster.address)
     from pipeline import job
 
     _show(job.resume(run_dir, overrides or []))
@@ -89,112 +97,74 @@ def evaluate(
         [] if judge is None else [f"judge={{name: {json.dumps(judge)}}}", "evaluation.judges=[]"]
     )
     cfg, _ = read_run_config(run_dir, [*alone, *(overrides or [])])
-    _one_process_environment(cfg.cluster.address)
+    one_process_environment(cfg.cluster.address)
     from pipeline import job
 
     _show(job.evaluate(cfg))
 
 
-@app.command(
-    epilog="Example: `freshpairs label pairs.jsonl --judge my_judge.py:fn --out labels.parquet`"
-)
-def label(
-    file: Annotated[
-        Path, typer.Argument(metavar="FILE", help="Rows of prompt and completion, or of pairs.")
-    ],
-    judge: Annotated[
-        str, typer.Option("--judge", help="A name, path/to/file.py:name, or a config.yaml.")
-    ],
+@app.command(epilog="Example: `freshpairs sft offline.yaml`, of a config with prompts.pairs")
+def sft(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="A config of given pairs.")],
     overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[judge.KEY=VALUE]…", help="The judge's options, as in a config."),
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="File to write; else FILE.labels.parquet.")
+        list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]…", help="Overrides.")
     ] = None,
 ) -> None:
-    """Try a judge: ask it about a file of completions or pairs, and write what it says."""
-    from judges.options import AUTO, OFF
-    from pipeline.judge_config import read_judge
+    """Train on the chosen side of a config's given pairs, before preferences are learned."""
+    from pipeline.config import load_config
 
-    options = read_judge(judge, overrides or [])
-    _one_process_environment("inline")
-    from pipeline.label import label, summary
+    cfg = load_config(config, ["objective={name: sft}", *(overrides or [])])
+    if cfg.prompts.pairs is None:
+        raise UserError("prompts.pairs: not set: sft learns from the chosen side of given pairs")
+    if not any(override.startswith(("run.name=", "run.dir=")) for override in overrides or []):
+        beside = cfg.run_dir.with_name(f"{cfg.run_dir.name}-sft")
+        cfg = cfg.model_copy(update={"run": cfg.run.model_copy(update={"dir": str(beside)})})
+    one_process_environment(cfg.cluster.address)
+    from pipeline import job
 
-    out = out or file.parent / f"{file.stem}.labels.parquet"
+    _show(job.run(cfg))
+
+
+@app.command(
+    epilog="Example: `freshpairs sweep configs/quickstart.yaml "
+    "resampling.updates_per_round=1,4,.inf run.seed=0,1`"
+)
+def sweep(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="The runs' config.")],
+    grid: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="KEY.PATH=VALUE,VALUE…",
+            help="Keys and their values, all combined; a key with one value is an override. "
+            "Commas inside brackets, braces or quotes divide nothing.",
+        ),
+    ],
+    directory: Annotated[
+        Path | None,
+        typer.Option("--dir", help="Where the runs go; else the config's run directory + -sweep."),
+    ] = None,
+) -> None:
+    """Run a grid of configs, or go on with it where it stopped, and compare the runs."""
+    from pipeline.stopping import Stopped
+    from pipeline.sweep import plan, run
+
+    planned = plan(config, grid, directory)
+    for point in planned.points:
+        one_process_environment(point.cfg.cluster.address)
     try:
-        labelled = label(file, options, out, say=lambda line: typer.echo(line, err=True))
-    except KeyboardInterrupt:
-        place = out.with_suffix(".judge") if options.cache in (AUTO, OFF) else Path(options.cache)
-        kept = f"what was answered and cached is kept in {place}"
-        _complain(f"stopped: {kept if place.exists() else 'no answer was kept'}; run this again")
+        outcome = run(planned, say=typer.echo)
+    except Stopped as stopped:
+        typer.echo(f"{stopped}: go on with `{planned.command}`", err=True)
         raise typer.Exit(EXIT_STOPPED) from None
-    Console().print(summary(labelled))
-    typer.echo(f"written to {out}")
+    if outcome.runs:
+        from pipeline.compare import compare
 
-
-@app.command(epilog="Example: `freshpairs export runs/quickstart --out pairs.parquet`")
-def export(
-    run_dir: RunDir,
-    out: Annotated[Path, typer.Option("--out", help="File to write: .parquet or .jsonl.")],
-) -> None:
-    """Write the pairs a run learned from as a preference data set (prompt, chosen, rejected)."""
-    from pipeline.export import export_pairs
-
-    count = export_pairs(run_dir, out)
-    typer.echo(f"{count} pairs written to {out}")
-
-
-@app.command(epilog="Example: `freshpairs fetch stories15m`")
-def fetch(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="stories15m, smollm2-135m-instruct, minilm-l6-v2")
-    ],
-) -> None:
-    """Download a small model, check it, and keep it in the cache in Hugging Face format."""
-    from workers.models.fetch import fetch_model
-
-    typer.echo(str(fetch_model(model, say=typer.echo)))
-
-
-@app.command(epilog="Example: `freshpairs explain dpo beta=0.5 --run runs/quickstart`")
-def explain(
-    objective: Annotated[
-        str, typer.Argument(metavar="OBJECTIVE", help="A built-in name, or path/to/file.py:name.")
-    ],
-    settings: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="Its hyper-parameters.")
-    ] = None,
-    run: Annotated[
-        Path | None, typer.Option("--run", help="A run directory, to draw its policy's path.")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="File to write: .png, .svg or .pdf.")
-    ] = None,
-) -> None:
-    """Draw an objective: its loss, where its gradient pulls, and the path that a run took."""
-    from pipeline import explain
-
-    for line in explain.explain(objective, settings or [], run, out):
-        typer.echo(line)
-
-
-@app.command(epilog="Example: `freshpairs doctor`")
-def doctor() -> None:
-    """Say what this machine can run, and what is missing."""
-    from pipeline.doctor import examine
-
-    for line in examine():
-        typer.echo(line)
-
-
-def _one_process_environment(address: str) -> None:
-    """An inline run computes here: torch must find its thread settings before it is imported."""
-    from workers.threads import thread_environment
-
-    if address == "inline":
-        for name, value in thread_environment(len(os.sched_getaffinity(0))).items():
-            os.environ.setdefault(name, value)
+        Console().print(compare(outcome.runs), crop=False)
+    for line in [*outcome.stopped, *outcome.failed]:
+        complain(line)
+    if outcome.failed or outcome.stopped:
+        complain(f"once that is mended, go on with `{planned.command}`")
+        raise typer.Exit(EXIT_FAILURE if outcome.failed else EXIT_STOPPED)
 
 
 def _show(result: RunResult) -> None:
@@ -215,26 +185,22 @@ def main() -> None:
     try:
         app()
     except UserError as mistake:
-        _complain(_with_notes(mistake))
+        complain(_with_notes(mistake))
         sys.exit(EXIT_MISTAKE)
     except Stopped as stopped:
         command = f"freshpairs resume {stopped.run_dir} {stopped.changed}".rstrip()
         typer.echo(f"{stopped}: go on with `{command}`", err=True)
         sys.exit(EXIT_STOPPED)
     except BudgetSpent as spent:
-        _complain(f"stopped ({spent}): what was answered is kept; raise it, and run this again")
+        complain(f"stopped ({spent}): what was answered is kept; raise it, and run this again")
         sys.exit(EXIT_STOPPED)
     except (JudgeFailed, SyncError, WorkerDied, FloatingPointError) as failure:
-        _complain(f"the run failed: {_with_notes(failure)}")
+        complain(f"the run failed: {_with_notes(failure)}")
         sys.exit(EXIT_FAILURE)
 
 
 def _with_notes(error: Exception) -> str:
     return "\n".join([str(error), *getattr(error, "__notes__", [])])
-
-
-def _complain(message: str) -> None:
-    Console(stderr=True).print(message, style="red", markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":
