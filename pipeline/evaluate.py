@@ -15,7 +15,17 @@ import pyarrow.parquet as pq
 
 from judges.interface import Text, text_of
 from pipeline.comparison import Comparison, compare_probabilities, compare_scores
-from pipeline.drift_measures import kl_to_reference, length_mean, repetition_rate
+from pipeline.drift_measures import (
+    central_band,
+    distinct_ngrams,
+    entropy,
+    eos_rate,
+    kl_per_token,
+    kl_to_reference,
+    length_mean,
+    off_reference,
+    repetition_rate,
+)
 from pipeline.judging import Judges
 from pipeline.learner import RemoteLearner
 from pipeline.replica import Replica
@@ -47,6 +57,7 @@ class Evaluator:
         updates: int,
         unit_size: UnitSize,
         run_seed: int,
+        reference_moves: bool = False,
     ) -> None:
         self._prompts = tuple(prompts)
         self._replicas = replicas
@@ -57,6 +68,7 @@ class Evaluator:
         self._updates = updates
         self._unit_size = unit_size
         self._run_seed = run_seed
+        self._reference_moves = reference_moves
         self._baseline: list[Completion] = []
         self.compared: list[tuple[Text, str, str]] = []
         """Of the last evaluation: prompt, the policy's completion, the starting model's."""
@@ -88,13 +100,7 @@ class Evaluator:
         )
         (reference,) = learner.score_reference([batch])
         scored = [replace(c, reference_logprobs=r) for c, r in zip(sampled, reference, strict=True)]
-        measures = {
-            "kl_to_reference": kl_to_reference(scored),
-            "length_mean": length_mean(scored),
-            "length_mean_baseline": length_mean(self._baseline),
-            "repetition_rate": repetition_rate(scored),
-            "repetition_rate_baseline": repetition_rate(self._baseline),
-        }
+        measures = self._drift(scored)
         chat = any(not isinstance(prompt.content, str) for prompt in self._prompts)
         self.compared = [
             (prompt_text(prompt, chat), new.text, old.text)
@@ -106,6 +112,33 @@ class Evaluator:
             {"judge": judge, **asdict(self._compare(found)), **invalid_reason(found), **measures}
             for judge, found in judgements.items()
         ]
+
+    def _drift(self, scored: Sequence[Completion]) -> dict[str, float | None]:
+        """How far the fresh held-out samples are from the reference and the starting model's.
+
+        The band of ``off_reference_…`` is that of the starting model's samples: None where the
+        reference is another model by now.
+        """
+        start = [replace(c, reference_logprobs=c.logprobs) for c in self._baseline]
+        band = None if self._reference_moves else central_band(start)
+        unlikely, likely = off_reference(scored, band) or (None, None)
+        return {
+            "kl_to_reference": kl_to_reference(scored),
+            "kl_per_token": kl_per_token(scored),
+            "entropy": entropy(scored),
+            "off_reference_share": None
+            if unlikely is None or likely is None
+            else unlikely + likely,
+            "off_reference_unlikely": unlikely,
+            "off_reference_likely": likely,
+            "distinct_ngrams": distinct_ngrams(scored),
+            "distinct_ngrams_baseline": distinct_ngrams(self._baseline),
+            "eos_rate": eos_rate(scored),
+            "length_mean": length_mean(scored),
+            "length_mean_baseline": length_mean(self._baseline),
+            "repetition_rate": repetition_rate(scored),
+            "repetition_rate_baseline": repetition_rate(self._baseline),
+        }
 
     def _sample(self, learner: RemoteLearner, sync: WeightSync) -> list[Completion]:
         size = self._unit_size.of(len(self._prompts), 1)

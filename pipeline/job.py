@@ -141,7 +141,8 @@ def evaluate(cfg: Config, *, say: Callable[[str], object] = print) -> RunResult:
         with announced(judges_of(cfg), cfg.run_dir, say):
             records = evaluator.evaluate(learner, sync)
     if cfg.reference.update != "frozen":  # this learner's is the starting model, not the run's last
-        records = [record | {"kl_to_reference": None} for record in records]
+        nothing = {"kl_to_reference": None, "kl_per_token": None}
+        records = [record | nothing for record in records]
     samples = evaluator.samples(cfg.run.updates, SAMPLES_SHOWN)
     people = human_table_of(judges_of(cfg), cfg.run_dir, evaluator.compared)
     return RunResult(cfg.run_dir, records, samples, people)
@@ -362,4 +363,5 @@ def evaluator_of(
         updates=cfg.run.updates,
         unit_size=unit_size(cfg, max(64, cfg.sampling.prompts_per_update)),
         run_seed=cfg.run.seed,
+        reference_moves=cfg.reference.update != "frozen",
     )

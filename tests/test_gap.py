@@ -200,7 +200,7 @@ def test_weights_past_all_floats_and_of_no_round() -> None:
 def test_below_the_limit_nothing_changes(
     tiny_model: Path, tmp_path: Path, given: Given, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr(RemoteLearner, "score_policy")
+    monkeypatch.delattr(gap, "Lesson")  # without it no round can be scored again
     limits = {"correct_above": 2 * PROBE_SHIFT, "correction": "truncated", "clip": CLIP}
     plain = config(tiny_model, tmp_path, "plain", gap={"correct_above": None})
     asked = config(tiny_model, tmp_path, "asked", gap=limits)
@@ -275,7 +275,7 @@ def test_the_recomputation_counts_as_learning(
     lines = (cfg.run_dir / "metrics.jsonl").read_text().splitlines()
     learned = [json.loads(line)["seconds"]["learn"] for line in lines if '"kind": "round"' in line]
     assert len(learned) == 3
-    assert min(learned) > 0.5
+    assert min(learned) > 1.0  # beside it the probes of drift are scored
 
 
 # Every kind of objective, its batches written by hand

@@ -255,10 +255,10 @@ def test_an_update_without_pairs_counts_and_changes_nothing(tiny_model: Path, co
     record = learner.update(UpdateBatch(completions, ()))
     assert learner.version == 2
     assert torch.equal(flat_weights(learner), before)
-    known = {"pairs": 0, "tokens": 0, "objective": {}, "reference_version": 0}
+    known = {"pairs": 0, "tokens": 0, "lags": {}, "objective": {}, "reference_version": 0}
     known |= {"learning_rate": pytest.approx(0.05)}
     measures = "loss margin accuracy rewards_chosen rewards_rejected chosen_logps rejected_logps"
-    measures += " grad_norm lag_mean lag_max ess ess_per_token"
+    measures += " grad_norm lag_mean lag_max ess ess_per_token kl_from_sampler replayed"
     assert timeless(record) == dict.fromkeys(measures.split()) | known
 
 
@@ -301,6 +301,12 @@ def test_record_by_hand(tiny_model: Path):
     losses = [softplus(-0.6), softplus(0.2), 0.75 * softplus(-0.2) + 0.25 * softplus(0.2)]
     weights = np.array([1.0, 3.0, 1.0])
     per_token = weights ** (1 / np.array([5, 6, 6]))
+    # Σ_t (r − 1 − ln r), r the same at each of a completion's tokens; 0 for the current version's.
+    moved = sum(
+        len(ids) * math.expm1(log_weight / len(ids)) - log_weight
+        for _, ids, _, log_weight, version in rows
+        if version < 5
+    )
     expected = {
         "loss": sum(losses) / 3,
         "margin": 0.2 * (3 - 1 + 1) / 3,
@@ -313,9 +319,11 @@ def test_record_by_hand(tiny_model: Path):
         "lag_max": 3,
         "ess": 25 / 33,
         "ess_per_token": per_token.sum() ** 2 / (3 * (per_token**2).sum()),
+        "kl_from_sampler": moved / 17,
         "pairs": 3,
         "tokens": 17,
     }
+    assert (record.pop("lags"), record.pop("replayed")) == ({"0": 1, "2": 1, "3": 1}, None)
     del record["seconds"], record["grad_norm"], record["learning_rate"]
     assert (record.pop("objective"), record.pop("reference_version")) == ({}, 0)
     assert record == pytest.approx(expected, abs=1e-5)
