@@ -88,6 +88,27 @@ def test_judge_latency():
     assert_measured(found["seconds"])
 
 
+def test_overlap_of_sleeping_workers():
+    found = run("overlap.py --simulated --rounds 3 --repeats 1 --generate 0.02 --learn 0.05")
+    assert set(found["seconds"]) == set(found["times_synchronous"]) == {"0", "1", "2"}
+    # 3 × (20 + 50) ms; 20 + 50 ms and two further rounds at the pace of the learner, 50 ms
+    assert found["expected_seconds"] == pytest.approx({"0": 0.21, "1": 0.17, "2": 0.17})
+    assert found["times_synchronous"]["0"] == 1.0
+    assert_measured(found["seconds"])
+
+
+@pytest.mark.slow
+def test_overlap_of_real_workers(stories15m):
+    found = run(
+        "overlap.py --real --seeds 1 --judge-seconds 0.1 run.updates=2 evaluation.count=4 "
+        "sampling.prompts_per_update=4 sampling.max_new_tokens=4 cluster.address=inline"
+    )
+    assert set(found["seconds"]) == {"0", "1"}
+    for of_side in found["quality"].values():
+        assert [set(by_judge) for by_judge in of_side] == [{"slow_sentiment", "polarity"}]
+    assert_measured([found["seconds"], found["times_synchronous"], found["round_seconds"]])
+
+
 @pytest.mark.vllm
 def test_generate(stories15m):
     found = run("generate.py --repeats 1 --new-tokens 4")
