@@ -22,8 +22,8 @@ ROUNDING = 1e-9
 class Adaptation:
     """Updates a round, set after each so that the last update's ESS comes out at the target.
 
-    A policy that moves steadily has log-weights whose spread grows with the lag, and normal ones
-    have ESS = exp(−variance): −ln ESS = c·lag². From c the largest lag that keeps the target, and
+    Normal log-weights have ESS = exp(−variance), and the variance that runs show grows with the
+    lag: −ln ESS = c·lag (docs/resampling.md). From c the largest lag that keeps the target, and
     from that the updates, at most twice as many as in the round before. Without options the number
     never changes. ``ages``: a round of K updates has a largest lag of ages·K − 1.
     """
@@ -36,12 +36,12 @@ class Adaptation:
         self.most = updates_per_round if options is None else options.max
 
     def observe(self, ages: Mapping[str, Any]) -> None:
-        """A round is over: ``ages`` has its last pairs' lag_max, ess and ess_per_token."""
+        """A round is over; ``ages`` are of its last pairs: ``Watch.ages``."""
         if self._options is None:
             return
-        lag, ess = ages["lag_max"], ages[self._options.measure]
+        lag, ess = ages["lag_max"], ages[f"policy_{self._options.measure}"]
         if lag and ess is not None and not math.isnan(ess):
-            found = -math.log(max(ess, 1e-12)) / lag**2
+            found = -math.log(max(ess, 1e-12)) / lag
             before = found if self._staleness is None else self._staleness
             self._staleness = MEMORY * before + (1.0 - MEMORY) * found
         elif self._staleness is not None:
@@ -52,7 +52,7 @@ class Adaptation:
         twice = 2 * self.updates_per_round
         lag = math.inf
         if self._staleness:
-            lag = math.sqrt(-math.log(options.target) / self._staleness)
+            lag = -math.log(options.target) / self._staleness
         wanted = min((lag + 1.0) / self._ages + ROUNDING, twice)
         return min(max(math.floor(wanted), options.min), options.max)
 

@@ -31,10 +31,11 @@ def update_batch(
     needs: Needs,
     truncated: Literal["train", "mask", "drop"] = "train",
     earlier: frozenset[int] = frozenset(),
+    given: bool = False,
 ) -> UpdateBatch:
     """What is learned from these prompts; a completion in several examples stands there once.
 
-    ``earlier`` positions are those of prompts that are replayed.
+    ``earlier`` positions are those of prompts that are replayed; ``given``: all were.
     """
     completions: list[BatchCompletion] = []
     examples: list[BatchExample] = []
@@ -47,7 +48,9 @@ def update_batch(
                 completion = group.completions[sample]
                 learn = completion.finished or truncated != "mask"
                 replayed = group.prompt.position in earlier
-                completions.append(BatchCompletion(group.prompt.ids, completion, learn, replayed))
+                completions.append(
+                    BatchCompletion(group.prompt.ids, completion, learn, replayed, given)
+                )
             return places[sample]
 
         examples += EXAMPLES[needs.records](group, place)

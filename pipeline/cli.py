@@ -66,7 +66,8 @@ def resume(
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[KEY.PATH=VALUE]…", help="What stopped it: judge.budget.…, drift.stop.…"
+            metavar="[KEY.PATH=VALUE]…",
+            help="What stopped it: judge.budget.…, drift.stop.… (or warn)",
         ),
     ] = None,
 ) -> None:
@@ -103,6 +104,16 @@ def evaluate(
     _show(job.evaluate(cfg))
 
 
+FOR_SFT = (
+    "objective={name: sft}",
+    "reference={}",
+    "drift={}",
+    "resampling={updates_per_round: .inf}",
+    "prompts.behaviour=recorded",
+)
+"""What a config of preferences is changed by: references, weights and rounds are not for it."""
+
+
 @app.command(epilog="Example: `freshpairs sft offline.yaml`, of a config with prompts.pairs")
 def sft(
     config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="A config of given pairs.")],
@@ -113,7 +124,7 @@ def sft(
     """Train on the chosen side of a config's given pairs, before preferences are learned."""
     from pipeline.config import load_config
 
-    cfg = load_config(config, ["objective={name: sft}", *(overrides or [])])
+    cfg = load_config(config, [*FOR_SFT, *(overrides or [])])
     if cfg.prompts.pairs is None:
         raise UserError("prompts.pairs: not set: sft learns from the chosen side of given pairs")
     if not any(override.startswith(("run.name=", "run.dir=")) for override in overrides or []):

@@ -70,8 +70,7 @@ def export(
     """Write the pairs a run learned from as a preference data set (prompt, chosen, rejected)."""
     from pipeline.export import export_pairs
 
-    count = export_pairs(run_dir, out)
-    typer.echo(f"{count} pairs written to {out}")
+    typer.echo(export_pairs(run_dir, out).told(out))
 
 
 @tools.command(epilog="Example: `freshpairs compare runs/a runs/b --out compared.png`")

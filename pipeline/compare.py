@@ -8,7 +8,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -17,7 +17,7 @@ from rich.console import RenderableType
 from judges.errors import UserError
 from pipeline.config_difference import OWN_KEYS, differences, flat, short_keys, value_text
 from pipeline.run_directory import CONFIG_FILE, read_run_config
-from pipeline.tracking import Record, metrics
+from pipeline.tracking import METRICS_FILE, Record, metrics
 
 SEED = "run.seed"
 SAID = ("win", "tie", "loss", "invalid", "win_rate", "quality", "quality_baseline")
@@ -72,10 +72,14 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class SideBySide:
-    """Groups of runs, and the dotted keys in which their configs differ, the seed left out."""
+    """Groups of runs, and the dotted keys in which their configs differ, the seed left out.
+
+    ``left_out``: runs that have no metrics yet.
+    """
 
     groups: Sequence[Group]
     differing: Sequence[str]
+    left_out: Sequence[Path] = ()
 
     @property
     def runs(self) -> list[Run]:
@@ -98,9 +102,10 @@ def compare(
 ) -> RenderableType:
     """The table of these runs, finished or not, for a terminal.
 
-    A directory of runs, such as a sweep's, stands for all of them. ``out`` is drawn (.png, .svg or
-    .pdf), ``as_json`` written. Raises UserError for a directory that is no run and a file that
-    cannot be written or exists, before anything is written.
+    A directory of runs, such as a sweep's, stands for all of them; those without metrics yet are
+    left out and told. ``out`` is drawn (.png, .svg or .pdf), ``as_json`` written. Raises UserError
+    for a directory that is no run and a file that cannot be written or exists, before anything is
+    written.
     """
     if out is not None:
         _check_free("--out", out)
@@ -108,7 +113,8 @@ def compare(
             raise UserError(f"--out {out}: ends in none of {', '.join(SUFFIXES)}; choose one")
     if as_json is not None:
         _check_free("--json", as_json)
-    found = side_by_side([read_run(path) for path in run_directories(directories)])
+    runs, left_out = run_directories(directories)
+    found = replace(side_by_side([read_run(path) for path in runs]), left_out=left_out)
     from pipeline.compare_table import table
 
     if out is not None:
@@ -121,15 +127,26 @@ def compare(
     return table(found)
 
 
-def run_directories(directories: Sequence[Path]) -> list[Path]:
-    """The runs that these are or hold, each once, in order."""
+def run_directories(directories: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    """The runs that these are or hold, each once, in order; and those held without metrics yet.
+
+    Raises UserError where a directory holds only such.
+    """
     found: dict[Path, Path] = {}
+    left_out: dict[Path, Path] = {}
     for directory in directories:
         inside = sorted((p.parent for p in directory.glob(f"*/{CONFIG_FILE}")), key=_by_values)
-        runs = [directory] if (directory / CONFIG_FILE).is_file() or not inside else inside
-        for run in runs:
-            found.setdefault(run.resolve(), run)
-    return list(found.values())
+        if (directory / CONFIG_FILE).is_file() or not inside:
+            found.setdefault(directory.resolve(), directory)
+            continue
+        begun = [run for run in inside if (run / METRICS_FILE).is_file()]
+        if not begun:
+            raise UserError(
+                f"{directory}: none of its runs has a {METRICS_FILE} yet: wait for the first update"
+            )
+        for run in inside:
+            (found if run in begun else left_out).setdefault(run.resolve(), run)
+    return list(found.values()), list(left_out.values())
 
 
 def _by_values(run: Path) -> list[tuple[float, str]]:
@@ -195,6 +212,7 @@ def as_mapping(found: SideBySide) -> dict[str, Any]:
         "differing": list(found.differing),
         "groups": [_group_mapping(group, found.differing) for group in found.groups],
         "runs": [_run_mapping(run, group) for group in found.groups for run in group.runs],
+        "left_out": [str(directory) for directory in found.left_out],
     }
 
 

@@ -242,6 +242,9 @@ def _config_texts(found: SideBySide, key: str) -> list[str]:
 
 
 def _notes(found: SideBySide) -> Iterator[str]:
+    if found.left_out:
+        names = ", ".join(visible(directory.name) for directory in found.left_out)
+        yield f"Left out, without metrics yet: {names}."
     if any(len(group.runs) > 1 for group in found.groups):
         yield "Of several seeds: the mean, and the lowest…highest."
     if any(len(group.runs) == 1 and group.runs[0].evaluations for group in found.groups):

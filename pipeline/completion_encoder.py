@@ -76,11 +76,11 @@ class CompletionEncoder:
                 "the policy's tokenizer has no EOS token, so no completion would end: set its "
                 "eos_token, or use a chat model"
             )
-        together = np.asarray(self._tokenizer(prompt + text)["input_ids"], np.int64)
+        together = np.asarray(self._tokenizer(prompt + text, verbose=False)["input_ids"], np.int64)
         if len(together) > len(prompt_ids) and _begins_with(together, prompt_ids):
             ids = together[len(prompt_ids) :]
         else:
-            alone = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+            alone = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             ids = np.asarray(alone, np.int64)
         if not len(ids) or int(ids[-1]) not in self._ends:
             ids = np.append(ids, self._eos)

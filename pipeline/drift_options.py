@@ -13,7 +13,7 @@ from judges.errors import UserError
 
 Action: TypeAlias = Literal["warn", "resample", "reset", "stop"]
 Side: TypeAlias = Literal["above", "below"]
-Need: TypeAlias = Literal["samples", "reference", "band", "bad", "held_out"]
+Need: TypeAlias = Literal["samples", "judge", "reference", "band", "bad", "held_out"]
 
 ACTIONS: tuple[Action, ...] = ("warn", "resample", "reset", "stop")
 """What a tripped threshold does, mildest first."""
@@ -50,16 +50,21 @@ MEASURES: Mapping[str, Measure] = {
     **_measures("above", "bad_mass", "bad_logps", needs=("bad",)),
     **_measures("above", "held_out_nll", needs=("held_out",)),
     # … its generators, its judge, and what was not learned from.
-    **_measures("above", "logprob_gap"),
-    **_measures(None, "gap_weight"),
-    **_measures("above", *(f"judging.{name}" for name in ("tie_rate", "flip_rate", "invalid"))),
-    **_measures("above", *(f"judging.{name}" for name in ("declined", "retries", "timeouts"))),
-    **_measures("below", "judging.agreement", "judging.valid"),
+    **_measures("above", "logprob_gap", needs=("samples",)),
+    **_measures(None, "gap_weight", needs=("samples",)),
+    **_measures(
+        "above",
+        *(f"judging.{name}" for name in ("tie_rate", "flip_rate", "invalid", "declined")),
+        *(f"judging.{name}" for name in ("retries", "timeouts")),
+        needs=("judge",),
+    ),
+    **_measures("below", "judging.agreement", "judging.valid", needs=("judge",)),
     **_measures("above", *(f"dropped.{name}" for name in ("tie", "invalid", "unjudged"))),
     **_measures("above", *(f"dropped.{name}" for name in ("identical", "margin", "truncated"))),
     # Of an update.
     **_measures("above", "loss", "margin", "grad_norm", "kl_from_sampler", "lag_mean", "lag_max"),
     **_measures("below", "accuracy", "ess", "ess_per_token", "chosen_logps", "rejected_logps"),
+    **_measures("below", "policy_ess", "policy_ess_per_token"),
     **_measures("below", "rewards_chosen", "rewards_rejected"),
 }
 """What a threshold may stand on, by its name in the records; a dot leads into a nested record."""
@@ -68,6 +73,7 @@ NESTED = {name.partition(".")[0] for name in MEASURES if "." in name}
 
 REMEDIES: Mapping[Need, tuple[str, str]] = {
     "samples": ("needs fresh samples, and the pairs are given", "leave it out"),
+    "judge": ("needs a judge, and the pairs are given", "leave it out"),
     "reference": ("needs a reference, and none is kept", "set drift.reference to true"),
     "band": (
         "needs samples by the reference, which an averaged one never writes",
@@ -152,7 +158,11 @@ class DriftOptions(BaseModel):
         if not isinstance(given, Mapping):
             return given
         key = f"drift.{info.field_name}"
-        return {name: _sides(f"{key}.{name}", name, value) for name, value in _flat(given)}
+        return {
+            name: _sides(f"{key}.{name}", name, value)
+            for name, value in _flat(given)
+            if value is not None  # as an override takes a threshold away
+        }
 
     def thresholds(self) -> Iterator[tuple[Action, str, Bound]]:
         """Each action, measure and bound, the mildest action first."""
@@ -171,6 +181,7 @@ def check_measurable(
     """
     met: Mapping[Need, bool] = {
         "samples": samples,
+        "judge": samples,
         "reference": reference,
         "band": not averaged,
         "bad": options.bad is not None,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,9 @@ import pyarrow.parquet as pq
 from judges.errors import UserError
 from judges.interface import Text
 from pipeline.ledger import Ledger
+from pipeline.resampling import Dial, whole_run
+from pipeline.run_directory import CONFIG_FILE, read_run_config
+from pipeline.tracking import METRICS_FILE, metrics
 from workers.messages import Completion, Fate, Round
 
 OF_A_SIDE = {
@@ -31,8 +36,35 @@ OF_A_SIDE = {
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 
 
-def export_pairs(run_dir: Path, out: Path) -> int:
-    """Write every learned pair of the run's ledger to ``out`` (.parquet or .jsonl); how many.
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """How many pairs were ``written``, or labelled completions (``labels``).
+
+    ``unlearned`` of them were sampled and judged but not learned from: their rounds ended early.
+    """
+
+    written: int
+    labels: bool
+    unlearned: int
+
+    def told(self, out: Path) -> str:
+        """In a line: how many are in the file ``out``."""
+        kind = "labelled completions" if self.labels else "pairs"
+        line = f"{self.written} {kind} written to {out}"
+        if not self.unlearned:
+            return line
+        return (
+            f"{line}; {self.unlearned} of them were sampled and judged but not learned from: "
+            "rounds ended early (which ones is not recorded)"
+        )
+
+
+def export_pairs(run_dir: Path, out: Path) -> Exported:
+    """Write the learned pairs of the run's ledger to ``out`` (.parquet or .jsonl); how many.
+
+    They are those that were judged to be learned from. Where a round ended early, its last ones
+    were not, and are here all the same: metrics.jsonl says how many there were, nothing says which.
+    The same holds for the rounds that an unfinished run has not come to the end of, uncounted.
 
     Columns: prompt, chosen, rejected (text; for chat the messages and one assistant message each,
     TRL's conversational form), label_prob (P(chosen is better)), prompt_ids, round, version,
@@ -53,9 +85,8 @@ def export_pairs(run_dir: Path, out: Path) -> int:
     ledger = Ledger(run_dir / "ledger")
     if not len(ledger):
         raise UserError(f"{run_dir}: no ledger with a round in it; give a run's directory")
-    rows = [row for round_ in ledger for row in _learned(round_)]
-    positions = 1 + max(group.prompt.position for round_ in ledger for group in round_.groups)
-    rows = [row | {"positions": positions} for row in rows]
+    positions = _positions(run_dir, ledger)
+    rows = [row | {"positions": positions} for round_ in ledger for row in _learned(round_)]
     if not rows:
         raise UserError(
             f"{run_dir}: nothing was learned from in {len(ledger)} rounds; see `dropped` in "
@@ -74,7 +105,31 @@ def export_pairs(run_dir: Path, out: Path) -> int:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(out)
-    return len(rows)
+    return Exported(len(rows), "label" in rows[0], _unlearned(run_dir))
+
+
+def _positions(run_dir: Path, ledger: Ledger) -> int:
+    """How many prompts the run drew.
+
+    A sampled round holds every prompt it drew; one of given pairs only those that the set has, so
+    that its plan says how many there would have been.
+    """
+    drawn = 1 + max((g.prompt.position for round_ in ledger for g in round_.groups), default=0)
+    if not all(round_.given for round_ in ledger) or not (run_dir / CONFIG_FILE).is_file():
+        return drawn
+    cfg, _ = read_run_config(run_dir)
+    size = cfg.sampling.prompts_per_update
+    dial = Dial(cfg.resampling, cfg.run.updates, size, cfg.run.seed)
+    plans = islice(whole_run(dial), len(ledger))
+    return max(drawn, sum(plan.prompts for plan in plans))
+
+
+def _unlearned(run_dir: Path) -> int:
+    """Examples that rounds which ended early left unused."""
+    if not (run_dir / METRICS_FILE).is_file():
+        return 0
+    rounds = (record for record in metrics(run_dir) if record["kind"] == "round")
+    return sum((record.get("resampling") or {}).get("unused_pairs", 0) for record in rounds)
 
 
 def _learned(round_: Round) -> Iterator[dict[str, Any]]:

@@ -48,6 +48,7 @@ class Served:
             self._check_given(needs)
             return
         self._check_replay()
+        self._check_early()
         self._check_pairing(needs)
         self._check_opponent(needs)
         if needs.records == "sampled" or isinstance(self.objective, PdpoOptions):
@@ -98,6 +99,9 @@ class Served:
                 f"reference.update: {self.objective.name} has no reference to update: leave it "
                 "out, or set drift.reference to true to measure drift against it"
             )
+        early = self.resampling.early != EarlyOptions() or bool(self.drift.resample)
+        if early or self.resampling.adaptive is not None:
+            return  # how many rounds there will be is not known
         span = self.resampling.updates_per_round * self.resampling.passes
         rounds_after_the_first = -(-self.updates // span) - 1
         if rounds_after_the_first < (update.every_rounds or 1):
@@ -111,6 +115,12 @@ class Served:
         kept = needs.reference or self.drift.reference
         averaged = is_averaged(self.reference)
         check_measurable(self.drift, reference=kept, averaged=averaged, samples=not given)
+        update = self.reference.update
+        if self.drift.reset and isinstance(update, ReferenceSchedule) and update.every_rounds == 1:
+            raise UserError(
+                "drift.reset: with reference.update={every_rounds: 1} the reference is the policy "
+                "that the round began with: reset to a frozen or an averaged one, or leave it out"
+            )
 
     def _check_replay(self) -> None:
         replay, most = self.resampling.replay, self.resampling.updates_per_round
@@ -124,6 +134,25 @@ class Served:
                 "less than one: raise sampling.prompts_per_update, updates_per_round or the share"
             )
 
+    def _check_early(self) -> None:
+        """An effective sample size below one pair there never is."""
+        sampling, strategy = self.sampling, self.pairing.strategy
+        n = sampling.completions_per_prompt
+        of_a_prompt = 1 if strategy in ("best_worst", "best_random", "random") else n * n
+        least = 1.0 / (sampling.prompts_per_update * of_a_prompt)
+        early, adaptive = self.resampling.early, self.resampling.adaptive
+        asked = {
+            "early.ess_below": early.ess_below,
+            "early.ess_per_token_below": early.ess_per_token_below,
+            "adaptive.target": None if adaptive is None else adaptive.target,
+        }
+        for key, value in asked.items():
+            if value is not None and value <= least:
+                raise UserError(
+                    f"resampling.{key}={value:g}: of {sampling.prompts_per_update} pairs the "
+                    f"effective share is at least {least:.2g}: set it above that"
+                )
+
     def _check_correction(self) -> None:
         """Weights are given once, and of importance only to pairs that were drawn at random."""
         objective, correction = self.objective, self.resampling.weights
@@ -135,7 +164,8 @@ class Served:
         if correction.name == "wpo" and getattr(objective, "wpo", False):
             raise UserError(f"{key}: objective.wpo weighs every pair already: leave one out")
         n, strategy = self.sampling.completions_per_prompt, self.pairing.strategy
-        if correction.by_importance and n != 2 and strategy != "random":
+        picks = n != 2 and strategy not in ("random", "threshold")
+        if correction.by_importance and picks and self.prompts.pairs is None:
             raise UserError(
                 f"{key}: importance weights are of pairs drawn at random, and pairing.strategy="
                 f"{strategy} picks from sampling.completions_per_prompt={n}: use 2, or strategy: "

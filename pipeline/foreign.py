@@ -24,14 +24,17 @@ def foreign_pairs(
     replicas: Sequence[Replica],
     learner: RemoteLearner,
     sampling: SamplingOptions,
+    context: int,
     run_seed: int,
 ) -> str | None:
     """What a user should know if the chosen completions are unlike the policy's own; else None.
 
     Compared is the mean log-probability a token under the policy, on the same prompts, with what
-    the policy itself writes there at temperature 1. The generators must hold the learner's version.
+    the policy itself writes there at temperature 1, where that fits into the ``context`` in tokens.
+    The generators must hold the learner's version.
     """
-    groups = pairs.take(0, min(PROMPTS, len(pairs)), learner.version)
+    room = context - sampling.max_new_tokens
+    groups = [g for g in pairs.first(PROMPTS, learner.version) if len(g.prompt.ids) <= room]
     chosen = [(group, completion) for group in groups for completion in _preferred(group)]
     if not chosen:
         return None

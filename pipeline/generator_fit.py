@@ -45,8 +45,8 @@ class Generation:
             )
         if gap.weight_clip is not None and needs.sampling_logprobs:
             raise UserError(
-                f"generator.gap.correction=truncated: {self.objective}'s own importance weights "
-                "count the gap already: set it to recompute, or objective.weights to none"
+                "generator.gap.correction=truncated: importance weights count the gap already: set "
+                "it to recompute, or leave out objective.weights and resampling.correction"
             )
         if gap.correct_above is not None and self.resampling.rounds_in_flight:
             raise UserError(

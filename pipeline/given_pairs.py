@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,10 +14,18 @@ from judges.errors import UserError
 from pipeline.completion_encoder import CompletionEncoder
 from pipeline.given_groups import EncodedRow, group_of, sample_of
 from pipeline.pair_files import read_pairs
-from pipeline.pair_rows import PairRow, Side
+from pipeline.pair_records import require_known
+from pipeline.pair_rows import SIDES, PairRow, Side
 from pipeline.prompt_source import HOME_SPLIT
+from workers.detokenizer import completion_text
 from workers.messages import IntArray, PromptGroup
 from workers.seeds import derive_seed
+
+READ_BACK = 8
+"""Recorded rows whose tokens are decoded, to see that they are of the policy's tokenizer."""
+
+SHOWN = 40
+"""Characters of what they read then."""
 
 
 class GivenPairs:
@@ -46,19 +55,23 @@ class GivenPairs:
         ends: Iterable[int] = (),
         split: str = HOME_SPLIT,
         key: str = "prompts.pairs",
+        vocabulary: int | None = None,
     ) -> None:
         """Reads the file whole; tokenises nothing yet.
 
         ``template_args`` and ``ends`` as in ``CompletionEncoder``; ``max_tokens`` is the most that
         a prompt and completion may have together. With ``too_long="drop"`` rows that have more, or
-        an empty completion, are left out. Raises UserError, which names the option under ``key``,
-        for a file or a row that is none of the forms.
+        an empty completion, are left out. Recorded ids must be below ``vocabulary``, the policy's
+        size of it. Raises UserError, which names the option under ``key``, for a file or a row that
+        is none of the forms.
         """
         self._where = f"{key}={path}"
         self._order = order
         self._drop = too_long == "drop"
         self._max_tokens = max_tokens
         self._run_seed = run_seed
+        self._tokenizer = tokenizer
+        self._vocabulary = vocabulary
         self._encoder = CompletionEncoder(tokenizer, template_args, ends)
         self._encoded: dict[int, EncodedRow | None] = {}
         self._kept: Sequence[int] | None = None
@@ -84,12 +97,23 @@ class GivenPairs:
         """Positions of an epoch; where rows may be dropped for their length, tokenises all."""
         return self._positions or len(self._kept_rows())
 
+    @property
+    def rows(self) -> int:
+        """Rows that there are to learn from, like ``len`` where those are positions."""
+        return len(self._kept_rows())
+
     def check(self) -> None:
-        """Tokenise every row (kept for ``take``). Raises UserError, with the row, for a mistake."""
+        """Tokenise every row (kept for ``take``). Raises UserError, with the row, for a mistake.
+
+        The first recorded rows are decoded too: their tokens must be those of their text.
+        """
         kept = [index for index in range(len(self._rows)) if self._row(index) is not None]
         if not kept:
             raise self._nothing("to learn from")
         self._kept = kept
+        recorded = (index for index in kept if self._rows[index][1].prompt_ids is not None)
+        for index in islice(recorded, READ_BACK):
+            self._require_own_tokens(index)
 
     def take(self, start: int, count: int, version: int) -> list[PromptGroup]:
         """The groups at positions start … start + count - 1, the same however they are asked for.
@@ -104,6 +128,11 @@ class GivenPairs:
             if rows:
                 groups.append(group_of(position, rows, version, self._encoder.ends))
         return groups
+
+    def first(self, count: int, version: int = 0) -> list[PromptGroup]:
+        """The first ``count`` groups that there are in an epoch; fewer where it has no more."""
+        groups = (g for at in range(len(self)) for g in self.take(at, 1, version))
+        return list(islice(groups, count))
 
     def _file(self, path: str) -> Path:
         file = Path(path).expanduser()
@@ -197,6 +226,10 @@ class GivenPairs:
     def _encode(self, row: PairRow) -> EncodedRow:
         """Recorded ids as they are; of what was only written, those of the policy's tokenizer."""
         if row.prompt_ids is not None:
+            require_known(row.prompt_ids, "prompt_ids", self._vocabulary)
+            for name, side in zip(_names_of(row), row.sides, strict=True):
+                if side.sampled is not None:
+                    require_known(side.sampled.ids, f"{name}_ids", self._vocabulary)
             recorded = tuple(side.sampled.ids for side in row.sides if side.sampled)
             return EncodedRow(row, row.prompt_ids, recorded)
         prompt = self._encoder.encode_prompt(row.prompt)
@@ -204,6 +237,21 @@ class GivenPairs:
         return EncodedRow(
             row, prompt, tuple(encode(row.prompt, prompt, s.answer) for s in row.sides)
         )
+
+    def _require_own_tokens(self, index: int) -> None:
+        """Raises UserError unless a recorded row's tokens decode to its text, spaces aside."""
+        encoded = self._row(index)
+        assert encoded is not None
+        names = _names_of(encoded.row)
+        for name, side, ids in zip(names, encoded.row.sides, encoded.ids, strict=True):
+            text = completion_text(self._tokenizer, encoded.prompt_ids, ids.tolist())
+            if "".join(text.split()) != "".join(side.text.split()):
+                shown = text.strip()[:SHOWN]
+                raise UserError(
+                    f"{self._place(index)}: {name}_ids: the tokens are of another tokenizer, here "
+                    f"they read {shown!r}: train the same model, or drop the columns …_ids to "
+                    "tokenise the text"
+                )
 
     def _fault(self, encoded: EncodedRow) -> tuple[str, str] | None:
         """Why nothing can be learned from a row: a word to count by, and a sentence."""
@@ -218,6 +266,11 @@ class GivenPairs:
                 f"{self._max_tokens}: shorten the row, or set too_long: drop"
             )
         return None
+
+
+def _names_of(row: PairRow) -> tuple[str, ...]:
+    """What the columns of the row's sides begin with."""
+    return SIDES if row.desirable is None else ("completion",)
 
 
 def _is_recorded(side: Side) -> bool:

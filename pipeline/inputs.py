@@ -41,7 +41,7 @@ class Inputs:
         """The first prompts that are learned from."""
         if isinstance(self.prompts, PromptStream):
             return self.prompts.take(0, 8)
-        return [group.prompt for group in self.prompts.take(0, min(8, len(self.prompts)), 0)]
+        return [group.prompt for group in self.prompts.first(8)]
 
     def probe_ids(self) -> IntArray:
         """A fixed probe prompt: the first prompts of the stream end to end, cut to fit."""
@@ -115,6 +115,7 @@ def given_pairs(
         run_seed=cfg.run.seed,
         ends=ends,
         split=options.split,
+        vocabulary=vocabulary_of(cfg.policy.model),
     )
     pairs.check()
     name = cfg.objective.name
@@ -130,6 +131,14 @@ def given_pairs(
             "leave the weights out"
         )
     return pairs
+
+
+def vocabulary_of(model: str) -> int:
+    """How many token ids the model has embeddings for."""
+    from transformers import AutoConfig
+
+    size: int = AutoConfig.from_pretrained(resolve_model(model)).get_text_config().vocab_size
+    return size
 
 
 def probes_of(cfg: Config, tokenizer: Any, context: int, ends: Iterable[int]) -> Probes:

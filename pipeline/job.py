@@ -187,7 +187,7 @@ def _run(cfg: Config, inputs: Inputs, threads: dict[str, int], new: bool, quiet:
         source: RoundSource
         if isinstance(inputs.prompts, GivenPairs):
             source = GivenRounds(inputs.prompts)
-            _say_of_given_pairs(cfg, inputs.prompts, replicas, learner, sync, progress)
+            _say_of_given_pairs(cfg, inputs, inputs.prompts, replicas, learner, sync, progress)
         else:
             source = _rollout(cfg, replicas, judges, selection, inputs.prompts)
         stop = stack.enter_context(Stop(cfg.run_dir))
@@ -213,6 +213,7 @@ def _run(cfg: Config, inputs: Inputs, threads: dict[str, int], new: bool, quiet:
 
 def _say_of_given_pairs(
     cfg: Config,
+    inputs: Inputs,
     pairs: GivenPairs,
     replicas: Sequence[Replica],
     learner: RemoteLearner,
@@ -222,11 +223,13 @@ def _say_of_given_pairs(
     """How many there are, what was left out, and whether the policy would say such things."""
     left_out = ", ".join(f"{count} {reason}" for reason, count in pairs.left_out.items())
     kind = "labelled completions" if pairs.unpaired else "pairs"
-    progress.say(f"{len(pairs)} given {kind}" + (f" (left out: {left_out})" if left_out else ""))
-    if learner.version == 0:
-        sync.push(learner)
-        if note := foreign_pairs(pairs, replicas, learner, cfg.sampling, cfg.run.seed):
-            progress.say(note)
+    progress.say(f"{pairs.rows} given {kind}" + (f" (left out: {left_out})" if left_out else ""))
+    if learner.version or cfg.objective.name == "sft":
+        return
+    sync.push(learner)
+    context = inputs.context
+    if note := foreign_pairs(pairs, replicas, learner, cfg.sampling, context, cfg.run.seed):
+        progress.say(note)
 
 
 def checkpoints_of(cfg: Config) -> Checkpoints:

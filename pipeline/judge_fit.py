@@ -11,6 +11,7 @@ from judges.model_clients import PolicyClientOptions
 from judges.options import AskOptions, is_implicit
 from pipeline.handles import Handle
 from pipeline.resampling import Dial, whole_run
+from pipeline.resampling_options import EarlyOptions
 from pipeline.selection import Selection
 from workers.learner.objective_options import PdpoOptions
 
@@ -42,6 +43,18 @@ def check_judge(cfg: Config) -> None:
         raise UserError(
             f"judge.select=uncertainty: {cfg.objective.name} takes an expectation over the "
             "policy's samples, and picking some biases it: use random"
+        )
+    if judge.select == "uncertainty" and cfg.resampling.weights.by_importance:
+        raise UserError(
+            f"judge.select=uncertainty: resampling.correction={cfg.resampling.correction} takes "
+            "pairs to be drawn at random, and picking some biases it: use random"
+        )
+    unknown = cfg.resampling.early != EarlyOptions() or cfg.resampling.adaptive is not None
+    if judge.select is not None and (unknown or cfg.drift.resample or cfg.drift.reset):
+        raise UserError(
+            f"judge.select={judge.select}: spreads the labels over the run's prompts, and rounds "
+            "that end early or adapt leave their number open: leave out resampling.early and "
+            "adaptive, drift.resample and reset, or select"
         )
     if isinstance(judge.client, PolicyClientOptions) and cfg.generator.in_flight_updates:
         raise UserError(

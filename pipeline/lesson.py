@@ -118,7 +118,7 @@ class Lesson:
         )
 
     def by_the_reference(self) -> Lesson:
-        """The lesson with the reference declared to have sampled every completion of the round."""
+        """The lesson with the reference declared to have sampled every completion of it."""
 
         def declare(completion: Completion) -> Completion:
             logprobs = completion.reference_logprobs
@@ -126,7 +126,11 @@ class Lesson:
                 return completion
             return replace(completion, logprobs=logprobs, sampling_logprobs=logprobs)
 
-        return replace(self, round_=self.round_.with_completions(declare))
+        earlier = tuple(
+            replace(group, completions=tuple(declare(c) for c in group.completions))
+            for group in self.earlier
+        )
+        return replace(self, round_=self.round_.with_completions(declare), earlier=earlier)
 
     def _pass(self, passed: int) -> list[UpdateBatch]:
         own = {group.prompt.position: group for group in self.round_.groups}
@@ -140,6 +144,7 @@ class Lesson:
                 self.terms.needs,
                 self.terms.truncated,
                 earlier,
+                self.round_.given,
             )
             for first in range(0, len(slots), size)
         ]

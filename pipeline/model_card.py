@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config
 from pipeline.learner import RemoteLearner
+from pipeline.resampling_options import ALL, EarlyOptions
 from pipeline.tracking import metrics
 from workers.learner.options import ReferenceSchedule
 
@@ -31,7 +33,10 @@ def write_policy(cfg: Config, learner: RemoteLearner, tokenizer: Any) -> Path:
 
 
 def model_card(cfg: Config) -> str:
-    """Markdown with Hugging Face's front matter: base model, recipe, last evaluation."""
+    """Markdown with Hugging Face's front matter: base model, recipe, last evaluation.
+
+    Of a run on given pairs it names their file, and no judge but those that evaluated.
+    """
     records = list(metrics(cfg.run_dir))
     evaluations = {r["judge"]: r for r in records if r["kind"] == "evaluation"}
     pairs = sum(r["pairs"] for r in records if r["kind"] == "update")
@@ -40,21 +45,17 @@ def model_card(cfg: Config) -> str:
         f"base_model: {cfg.policy.model}",
         "library_name: transformers",
         "pipeline_tag: text-generation",
-        "tags: [freshpairs, preference-optimization, online-dpo]",
+        f"tags: [freshpairs, {_kind(cfg)}]",
         "---",
         "",
         f"# {cfg.run.name}",
         "",
-        f"`{cfg.policy.model}` aligned on fresh samples of its own with Freshpairs.",
+        f"`{cfg.policy.model}` {_what_was_done(cfg)} with Freshpairs.",
         "",
         f"- objective: {cfg.objective.name} ({cfg.objective.settings})",
         f"- reference: {_reference(cfg)}",
-        f"- judge: {cfg.judge.title}",
-        f"- {cfg.run.updates} updates of {cfg.sampling.prompts_per_update} prompts × "
-        f"{cfg.sampling.completions_per_prompt} completions of at most "
-        f"{cfg.sampling.max_new_tokens} tokens (temperature {cfg.sampling.temperature:g}), "
-        f"sampled {_how_often(cfg.resampling.updates_per_round)}; {pairs} {_examples(cfg)} "
-        "learned from",
+        *([] if _offline(cfg) else [f"- judge: {cfg.judge.title}"]),
+        f"- {', '.join(_rounds(cfg))}; {pairs} {_examples(cfg)} learned from",
         f"- learning rate {cfg.learner.learning_rate:g} ({cfg.learner.schedule}), AdamW, "
         f"{cfg.policy.dtype}, seed {cfg.run.seed}",
         *_adapters(cfg),
@@ -108,12 +109,56 @@ def _reference(cfg: Config) -> str:
             return "frozen"
 
 
-def _how_often(updates_per_round: float) -> str:
-    if math.isinf(updates_per_round):
-        return "once, before the first update"
-    return (
-        f"anew every {updates_per_round} updates" if updates_per_round > 1 else "anew every update"
-    )
+def _offline(cfg: Config) -> bool:
+    return cfg.prompts.pairs is not None
+
+
+def _kind(cfg: Config) -> str:
+    """What people look for on a hub, as tags."""
+    if cfg.objective.name == "sft":
+        return "sft, offline" if _offline(cfg) else "sft, online"
+    return f"preference-optimization, {'offline' if _offline(cfg) else 'online-dpo'}"
+
+
+def _what_was_done(cfg: Config) -> str:
+    chosen = cfg.objective.name == "sft"
+    if cfg.prompts.pairs is None:
+        samples = "fresh samples of its own"
+        return f"fine-tuned on the chosen side of {samples}" if chosen else f"aligned on {samples}"
+    given = f"a given pair set, `{Path(cfg.prompts.pairs).name}`,"
+    return f"fine-tuned on the chosen side of {given}" if chosen else f"trained on {given}"
+
+
+def _rounds(cfg: Config) -> Iterator[str]:
+    """How many updates of what, how often that was sampled, and what else rounds learned from."""
+    sampling, replay = cfg.sampling, cfg.resampling.replay
+    updates = f"{cfg.run.updates} updates of {sampling.prompts_per_update} prompts"
+    if _offline(cfg):
+        yield updates
+    else:
+        yield (
+            f"{updates} × {sampling.completions_per_prompt} completions of at most "
+            f"{sampling.max_new_tokens} tokens (temperature {sampling.temperature:g})"
+        )
+        yield f"sampled {_how_often(cfg)}"
+    if replay == ALL:
+        yield "each round mixed with all rounds so far"
+    elif len(replay) > 1:
+        yield f"each round mixed with earlier ones: {'/'.join(f'{share:g}' for share in replay)}"
+
+
+def _how_often(cfg: Config) -> str:
+    resampling = cfg.resampling
+    every = resampling.updates_per_round * resampling.passes
+    span = "update" if every == 1 else f"{every} updates"
+    if resampling.adaptive is not None:
+        span = "K updates, K chosen by the run"
+    early = ["pairs went stale"] if resampling.early != EarlyOptions() else []
+    early += ["drift passed a threshold"] if cfg.drift.resample else []
+    if early:
+        latest = "" if math.isinf(every) else f", at the latest every {span}"
+        return f"anew when {' or '.join(early)}{latest}"
+    return "once, before the first update" if math.isinf(every) else f"anew every {span}"
 
 
 def _figure(value: float | None) -> str:

@@ -22,6 +22,9 @@ RECORD = (
 )
 """What our export says of a side, in columns ``chosen_ids``, ``chosen_logprobs`` and so on."""
 
+ROUNDING = 1e-3
+"""How far above 0 a log-probability may lie that was computed in low precision."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sampled:
@@ -41,7 +44,7 @@ class Sampled:
 
 
 def sampled_side(row: Row, name: str) -> Sampled | None:
-    """What is recorded of a side; None where that has no tokens."""
+    """What is recorded of a side; None where that has no tokens. Raises UserError."""
     ids = numbers_of(row, f"{name}_ids", np.int64)
     if ids is None:
         return None
@@ -55,6 +58,8 @@ def sampled_side(row: Row, name: str) -> Sampled | None:
                 f"{name}_{field} has {len(values)} values for {len(ids)} tokens: "
                 "give one a token, or leave the column out"
             )
+        if values is not None:
+            _require_logprobs(values, f"{name}_{field}")
     finished = row.get(f"{name}_finished")
     return Sampled(
         ids,
@@ -65,6 +70,26 @@ def sampled_side(row: Row, name: str) -> Sampled | None:
         count_of(row, f"{name}_seed") or 0,
         float(row.get(f"{name}_reference_share", 0.0)),
     )
+
+
+def _require_logprobs(values: FloatArray, name: str) -> None:
+    wrong = values[~(np.isfinite(values) & (values <= ROUNDING))]
+    if len(wrong):
+        raise UserError(
+            f"{name}: {wrong[0]:g} is no log-probability (finite, 0 at most): export it again, or "
+            "leave the column out"
+        )
+
+
+def require_known(ids: IntArray, name: str, vocabulary: int | None) -> None:
+    """Raises UserError for an id that is none of the policy's, which has so many (None: any)."""
+    wrong = ids[(ids < 0) | (ids >= (np.inf if vocabulary is None else vocabulary))]
+    if len(wrong):
+        size = "from 0 on" if vocabulary is None else f"of the policy's {vocabulary}"
+        raise UserError(
+            f"{name}: {wrong[0]} is no token id {size}: exported by a run of another model? train "
+            "the same model"
+        )
 
 
 def numbers_of(row: Row, name: str, dtype: type[np.generic]) -> Any:

@@ -58,7 +58,7 @@ class Progress:
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        loss = f"{short_name(objective)} ({settings})"
+        loss = f"{short_name(objective)} ({settings})" if settings else short_name(objective)
         what = f"{short_name(model)}, {loss}, judge {short_name(judge)}"
         self._heading = (f"{visible(name)}: {what}", str(run_dir))
         self._updates = updates

@@ -67,20 +67,33 @@ class Unit:
         return self.replica.answered(self)
 
 
+MEMORY = 0.9
+"""Of what a replica is slower than the fastest, what is held against it each time it is passed
+over."""
+
+LEAST_PACE = 0.25
+"""Of the usual: an answer that was cached says little of the next one."""
+
+
 def least_busy(replicas: Sequence[Replica], prompts: int) -> Replica:
     """Who would be done first with a unit of so many prompts; of equals, the first.
 
     By the seconds that a prompt took each of late; one that has not answered yet counts as the
-    others do. So a slow replica holds up nobody but the units it has, and gets fewer.
+    others do. So a slow replica holds up nobody but the units it has, and gets fewer. One that is
+    passed over is trusted more each time: what made it slow may be over.
     """
     known = [replica.pace for replica in replicas if replica.pace is not None]
     usual = sum(known) / len(known) if known else 1.0
+    least = max(min(known, default=usual), usual * LEAST_PACE)
 
     def finish(replica: Replica) -> float:
-        pace = usual if replica.pace is None else replica.pace
-        return (replica.backlog + prompts) * pace
+        pace = usual if replica.pace is None else max(replica.pace, least)
+        return (replica.backlog + prompts) * (least + (pace - least) * MEMORY**replica.passed_over)
 
-    return min(replicas, key=finish)
+    chosen = min(replicas, key=finish)
+    for replica in replicas:
+        replica.passed_over = 0 if replica is chosen else replica.passed_over + 1
+    return chosen
 
 
 class Replica:
@@ -109,6 +122,8 @@ class Replica:
         self._mends = 0
         self.pace: float | None = None
         """Seconds a prompt takes it, of late; None until it has answered."""
+        self.passed_over = 0
+        """Units that others were given since it was given one."""
 
     @property
     def backlog(self) -> int:
@@ -149,6 +164,7 @@ class Replica:
         """Put another worker in the place of this one, and ask it for everything that is owed."""
         self._handle.restart()
         self.lives += 1
+        self.pace = None
         self._deliveries = 0
         self._reissue()
 

@@ -107,7 +107,7 @@ class Dial:
     def ended(self, plan: RoundPlan, updates: int, ages: Mapping[str, Any]) -> None:
         """A round is over after so many updates; what it did not feed is planned again.
 
-        ``ages`` are the measures of its pairs in the last of them: lag_max, ess, ess_per_token.
+        ``ages`` are measures of its pairs in the last of them: ``Watch.ages``.
         """
         self._planned -= plan.updates - updates
         self._adaptation.observe(ages)
@@ -144,19 +144,16 @@ class Dial:
             return self._of_everything(index, slots)
         if len(replay) == 1 or not index:
             return RoundPlan(index, 0, self._start, slots)
-        takes = [round(share * slots) for share in replay[1:]]
-        earlier = self._takes(index, takes)
+        wanted = slots - _apportioned(replay, slots)[0]
+        earlier = self._takes(index, replay[1 : index + 1], wanted)
         fresh = slots - sum(share.take for share in earlier)
         own = Share(index, self._start, fresh, fresh)
         return RoundPlan(index, 0, self._start, fresh, (own, *earlier))
 
-    def _takes(self, index: int, takes: Sequence[int]) -> list[Share]:
+    def _takes(self, index: int, shares: Sequence[float], wanted: int) -> list[Share]:
         """Of the rounds before, newest first; where rounds are missing yet, more of the others."""
-        there = takes[:index]
-        wanted = sum(takes)
-        grown = _apportioned(there, wanted)
         found = []
-        for back, take in enumerate(grown, start=1):
+        for back, take in enumerate(_apportioned(shares, wanted), start=1):
             start, prompts = self._sampled[index - back]
             found.append(Share(index - back, start, prompts, min(take, prompts)))
         return found
@@ -175,11 +172,9 @@ class Dial:
         return RoundPlan(index, 0, self._start, slots, (own, *earlier) if index else ())
 
 
-def _apportioned(weights: Sequence[int], total: int) -> list[int]:
+def _apportioned(weights: Sequence[float], total: int) -> list[int]:
     """Whole numbers in proportion to ``weights`` that sum to ``total`` (largest remainders)."""
     whole = sum(weights)
-    if not whole:
-        return [0] * len(weights)
     exact = [weight * total / whole for weight in weights]
     found = [math.floor(value) for value in exact]
     order = sorted(range(len(exact)), key=lambda i: (found[i] - exact[i], i))

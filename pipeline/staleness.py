@@ -28,7 +28,8 @@ class Staleness:
 
     def reason(self, record: Mapping[str, Any]) -> str | None:
         """Why the round ends after the update of this record; None where it goes on."""
-        for key, measure in (("ess_below", "ess"), ("ess_per_token_below", "ess_per_token")):
+        for key in ("ess_below", "ess_per_token_below"):
+            measure = f"policy_{key.removesuffix('_below')}"
             least, found = getattr(self._options, key), record[measure]
             if least is not None and found is not None and found < least:
                 return f"{measure} {found:.3g} is below resampling.early.{key}={least:g}"
@@ -47,7 +48,12 @@ def _own_rule(spec: str, args: Mapping[str, Any]) -> Rule:
         raise UserError(f"{args_key(KEY)}: {spec} needs {', '.join(missing)}: give it there")
 
     def rule(record: Mapping[str, Any]) -> str | None:
-        said = function(dict(record), **args)
+        try:
+            said = function(dict(record), **args)
+        except Exception as error:
+            raise UserError(
+                f"{KEY}={spec}: raised {type(error).__name__}: {error}: mend the rule"
+            ) from error
         if isinstance(said, str):
             return said or None
         if said is None or isinstance(said, bool) or type(said).__name__ == "bool":

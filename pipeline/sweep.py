@@ -7,10 +7,10 @@ import itertools
 import re
 import shlex
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from judges.errors import UserError
 from pipeline.config import Config, load_config
@@ -28,8 +28,8 @@ MadeT = TypeVar("MadeT")
 NAMES = ("run", "run.name", "run.dir")
 """Keys that the sweep sets itself, each point its own."""
 
-MAY_CHANGE = ("judge.budget.", "drift.stop.", "drift.warn.")
-"""A run may go on with another value of these (job.resume)."""
+MAY_CHANGE = ("judge.budget", "drift.stop", "drift.warn")
+"""A run may go on with another value of these, each a mapping (job.resume)."""
 
 LONGEST_VALUE, LONGEST_NAME = 40, 200
 """Characters of a value in a point's name, and of the name."""
@@ -81,7 +81,8 @@ def plan(config: Path, arguments: Sequence[str], directory: Path | None = None) 
 
     ``directory`` is that of the run (``run.dir`` or runs/NAME) with ``-sweep`` appended unless
     given. Nothing is run or written. Raises UserError, a line for each mistake in any of the
-    configs, and for each point that was begun with another config.
+    configs, and for each point that was begun with another config; or for a file where the
+    directory should be.
     """
     axes = [read_axis(argument) for argument in arguments]
     _check(axes)
@@ -91,6 +92,7 @@ def plan(config: Path, arguments: Sequence[str], directory: Path | None = None) 
     ]
     loaded = _each(lambda c: load_config(config, [f"{k}={v}" for k, v in c.items()]), chosen)
     place = directory or Path(f"{loaded[0].run_dir}-sweep")
+    _check_place(place)
     keys = short_keys([axis.key for axis in axes if len(axis.values) > 1])
     names = [point_name({keys[k]: v for k, v in values.items() if k in keys}) for values in chosen]
     configs = [_placed(cfg, place, name) for cfg, name in zip(loaded, names, strict=True)]
@@ -160,20 +162,25 @@ def run(sweep: Sweep, *, say: Callable[[str], object] = print, quiet: bool = Fal
 
     A point that fails is told, and so is one that stopped because something of its own must be
     changed (a spent budget); the others still run. Raises Stopped for any other stop, Ctrl-C first
-    of all: ``sweep.command`` goes on from there.
+    of all: ``sweep.command`` goes on from there. Raises UserError, each line once, where mistakes
+    let no point at all begin.
     """
     outcome = Outcome()
+    mistakes: list[str] = []
     for number, point in enumerate(sweep.points, start=1):
         heading = f"({number}/{len(sweep.points)}) {point.name}"
         say(f"{heading}: finished before" if point.finished else heading)
         if not point.finished:
-            _run_point(point, outcome, quiet)
+            mistakes += _run_point(point, outcome, quiet)
         if (point.cfg.run_dir / METRICS_FILE).is_file():
             outcome.runs.append(point.cfg.run_dir)
+    if len(mistakes) == len(sweep.points):
+        raise UserError("\n".join(dict.fromkeys("\n".join(mistakes).splitlines())))
     return outcome
 
 
-def _run_point(point: Point, outcome: Outcome, quiet: bool) -> None:
+def _run_point(point: Point, outcome: Outcome, quiet: bool) -> list[str]:
+    """The user's mistake that kept the point from beginning; empty where it began."""
     from pipeline import job
 
     try:
@@ -190,9 +197,19 @@ def _run_point(point: Point, outcome: Outcome, quiet: bool) -> None:
     except TOLD_IN_A_LINE as error:
         lines = [str(error), *getattr(error, "__notes__", [])]
         outcome.failed.append(f"{point.name}: {'; '.join(lines)}")
+        if isinstance(error, UserError) and not (point.cfg.run_dir / CONFIG_FILE).is_file():
+            return ["\n".join(lines)]
     except Exception as error:  # noqa: BLE001 (it is shown whole, and the sweep fails in the end)
         traceback.print_exception(error)
         outcome.failed.append(f"{point.name}: {type(error).__name__}: {error}")
+    return []
+
+
+def _check_place(place: Path) -> None:
+    """Raises UserError where a file stands in the way of the directory."""
+    there = next(path for path in (place, *place.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"--dir {place}: {there} is a file, not a directory: choose another")
 
 
 def _check(axes: Sequence[Axis]) -> None:
@@ -231,20 +248,29 @@ def _point(name: str, cfg: Config) -> Point:
     if not (cfg.run_dir / CONFIG_FILE).is_file():
         refuse_existing_run(cfg.run_dir)
         return Point(name, cfg, begun=False, finished=False, more=())
-    recorded = flat(read_run_config(cfg.run_dir)[0].model_dump())
-    asked = flat(cfg.model_dump())
-    if asked.get("generator.backend") == "auto":  # which the run has settled
-        asked["generator.backend"] = recorded.get("generator.backend")
-    differing = differences([recorded, asked])
-    others = [key for key in differing if not key.startswith(MAY_CHANGE)]
-    if others:
-        was, is_ = (
-            ", ".join(f"{key}={value_text(config[key])}" for key in others if key in config)
-            for config in (recorded, asked)
-        )
+    recorded = read_run_config(cfg.run_dir)[0].model_dump()
+    asked = cfg.model_dump()
+    if asked["generator"]["backend"] == "auto":  # which the run has settled
+        asked["generator"]["backend"] = recorded["generator"]["backend"]
+    changes = ((key, _taken(recorded, key), _taken(asked, key)) for key in MAY_CHANGE)
+    more = tuple(f"{key}={value_text(new)}" for key, old, new in changes if new != old)
+    configs = [flat(recorded), flat(asked)]
+    if others := differences(configs):
+        was, is_ = (_told(config, others) for config in configs)
         raise UserError(
             f"{cfg.run_dir}: was begun with {was}; asked for is {is_}: sweep into another "
             "directory (--dir), or remove this one"
         )
-    more = tuple(f"{key}={value_text(asked[key])}" for key in differing)
     return Point(name, cfg, True, (cfg.run_dir / "policy").is_dir(), more)
+
+
+def _taken(config: dict[str, Any], key: str) -> Any:
+    """What stands in the config under ``section.name``, which is taken out of it."""
+    section, _, name = key.partition(".")
+    return config[section].pop(name)
+
+
+def _told(config: Mapping[str, Any], keys: Sequence[str]) -> str:
+    """Those of the keys that the config has, with their values."""
+    there = [f"{key}={value_text(config[key])}" for key in keys if key in config]
+    return ", ".join(there) or f"no {', '.join(keys)}"

@@ -36,6 +36,8 @@ UPDATE_KEYS = (
     "lag_max",
     "ess",
     "ess_per_token",
+    "policy_ess",
+    "policy_ess_per_token",
     "kl_from_sampler",
     "lags",
     "replayed",

@@ -234,8 +234,8 @@ class FakeJudge:
 class FakeLearner:
     """Its policy is a hash of every batch that it ever learned from, and so is its loss.
 
-    ``staleness`` c: an update's ess is exp(−c·lag²) of the oldest fresh pair. ``dies_at`` an update
-    of that number, counted from 1.
+    ``staleness`` c: an update's policy_ess is exp(−c·lag²) of the oldest fresh pair. ``dies_at`` an
+    update of that number, counted from 1.
     """
 
     def __init__(self, diary: Diary, staleness: float = 0.0, dies_at: int | None = None) -> None:
@@ -286,7 +286,7 @@ class FakeLearner:
             "loss": _mixed(self.state, self.version) / 2**32,
             "pairs": len(batch.examples),
             "lag_max": oldest,
-            "ess": ess,
+            "policy_ess": ess,
         }
 
     def save(self, directory: Path) -> None:

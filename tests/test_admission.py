@@ -126,7 +126,8 @@ def cases(draw: st.DrawFn, least: int = 25, most: int = 40) -> Case:
         passes=draw(st.sampled_from([1, 1, 2, 3])),
         in_flight=draw(st.integers(0, 4)),
         replay=replay,
-        prompts=4 if replay == SHARES else draw(st.integers(1, 3)),  # 0.15 of 3 prompts is none
+        # 0.15 of 3 prompts is none, and the ESS of two pairs is 0.5 at least.
+        prompts=4 if replay == SHARES else draw(st.integers(3 if adaptive else 1, 3)),
         generators=draw(st.integers(1, 3)),
         judges=draw(st.integers(1, 2)),
         rows=draw(st.sampled_from([7, 11, 13, 101])),

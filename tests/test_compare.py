@@ -191,8 +191,29 @@ def test_columns_that_do_not_fit_go_below(tmp_path: Path, width: int, tables: in
 def test_a_directory_of_runs_stands_for_them_in_the_order_of_their_values(tmp_path: Path) -> None:
     names = ["k=1,seed=0", "k=2,seed=0", "k=2,seed=10", "k=16,seed=0", "k=.inf,seed=0"]
     runs = [a_run(tmp_path / "sweep", name, [update(1)]) for name in reversed(names)]
-    found = run_directories([runs[1], tmp_path / "sweep", runs[1]])
+    found, left_out = run_directories([runs[1], tmp_path / "sweep", runs[1]])
     assert [run.name for run in found] == ["k=16,seed=0", *[n for n in names if "16" not in n]]
+    assert left_out == []
+
+
+def test_runs_of_a_directory_without_metrics_are_left_out_and_told(tmp_path: Path) -> None:
+    names = ["k=1", "k=2", "k=4", "k=16"]
+    runs = [a_run(tmp_path / "sweep", name, [update(1)]) for name in names]
+    for run in runs[2:]:
+        (run / "metrics.jsonl").unlink()
+    lines = shown(compare([tmp_path / "sweep"], as_json=tmp_path / "found.json"))
+    assert lines[0] == f"A  {runs[0]}"
+    assert "Left out, without metrics yet: k=4, k=16." in lines
+    assert not any(line.startswith("Left out") for line in shown(compare(runs[:2])))
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [run["run"] for run in found["runs"]] == [str(run) for run in runs[:2]]
+    assert found["left_out"] == [str(run) for run in runs[2:]]
+    with pytest.raises(UserError, match=r"k=4: holds no metrics\.jsonl"):
+        compare([runs[0], runs[2]])  # which was asked for by name
+    for run in runs[:2]:
+        (run / "metrics.jsonl").unlink()
+    with pytest.raises(UserError, match=r"sweep: none of its runs has a metrics\.jsonl yet"):
+        compare([tmp_path / "sweep"])
 
 
 def test_json_has_groups_and_runs(tmp_path: Path) -> None:

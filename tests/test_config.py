@@ -61,8 +61,9 @@ def refused(path: Path, *overrides: str) -> str:
 def test_every_shipped_config_loads_from_anywhere(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     cfg = load_config(path)
-    assert cfg.prompts.path is not None
-    assert Path(cfg.prompts.path).is_file()
+    source = cfg.prompts.pairs or cfg.prompts.path
+    assert source is not None
+    assert Path(source).is_file()
     assert cfg.run_dir == tmp_path / "runs" / cfg.run.name
     assert cfg.run.name == path.stem
 

@@ -87,6 +87,15 @@ def test_the_weights_by_hand():
     assert weights("wpo", batch, NEW) == pytest.approx(wpo, rel=1e-6)
 
 
+def test_given_pairs_are_weighed_by_wpo_from_the_first_update_on():
+    """They carry the version at which their round began: nobody of this run wrote them."""
+    batch = batch_of([completion(token, version=1) for token in (0, 2)])
+    items = tuple(replace(item, given=True) for item in batch.completions)
+    collision = 0.2**2 + 0.3**2 + 0.5**2
+    found = weights("wpo", replace(batch, completions=items), NEW)
+    assert found == pytest.approx([0.2 * 0.5 / collision**2], rel=1e-6)
+
+
 def test_what_was_really_sampled_counts_not_the_plain_softmax():
     """Drawn at another temperature: μ is the tempered distribution, at any lag."""
     tempered = OLD / 0.5
@@ -113,7 +122,7 @@ def test_ess_against_enumeration():
     assert effective_sample_share(np.full(7, -3.0)) == 1.0
 
 
-def measures(lags: Sequence[int], log_weight: Sequence[float], moved: Sequence[float], replayed=()):
+def measures(lags, log_weight, moved, replayed=(), log_ratio=None):
     completions = [completion(0, 10 - lag) for lag in lags for _ in range(2)]
     batch = batch_of(completions)
     items = tuple(
@@ -121,7 +130,13 @@ def measures(lags: Sequence[int], log_weight: Sequence[float], moved: Sequence[f
     )
     n = len(items)
     scored = Scored(
-        np.zeros(n), np.zeros(n), np.array(log_weight), np.array(moved), np.zeros(n // 2), {}
+        np.zeros(n),
+        np.zeros(n),
+        np.array(log_weight),
+        np.zeros(n) if log_ratio is None else np.array(log_ratio),
+        np.array(moved),
+        np.zeros(n // 2),
+        {},
     )
     return update_measures(replace(batch, completions=items), scored, DpoOptions(), 10)
 
@@ -147,8 +162,20 @@ def test_replayed_pairs_have_ages_of_their_own():
         "lag_max": 7,
         "ess": 1.0,
         "ess_per_token": 1.0,
+        "policy_ess": 1.0,
+        "policy_ess_per_token": 1.0,
         "kl_from_sampler": 0.5,
     }
+
+
+def test_the_policys_own_ess_knows_nothing_of_how_samples_were_drawn():
+    """Tempered samples have weights at lag 0; the policy that drew them is the policy."""
+    weights = [0.0, 0.0, math.log(3), 0.0]
+    found = measures([0, 0], weights, [0.0] * 4)
+    assert found["ess"] == pytest.approx(16 / 20)
+    assert (found["policy_ess"], found["policy_ess_per_token"]) == (1.0, 1.0)
+    found = measures([1, 1], [0.0] * 4, [0.0] * 4, log_ratio=weights)
+    assert (found["ess"], found["policy_ess"]) == (1.0, pytest.approx(16 / 20))
 
 
 # --- in runs ----------------------------------------------------------------------------------

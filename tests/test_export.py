@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ import pytest
 
 from judges.errors import UserError
 from judges.interface import Text
-from pipeline.export import export_pairs
+from pipeline.config import parse_config
+from pipeline.export import Exported, export_pairs
 from pipeline.ledger import Ledger
+from pipeline.run_directory import create_run_directory
 from workers.messages import Completion, Fate, Judgement, Label, Pair, Prompt, PromptGroup, Round
 
 CHAT: Text = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hi?"}]
@@ -71,7 +74,9 @@ def load(path: Path, cache: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
 def test_text(tmp_path: Path, suffix: str) -> None:
     out = tmp_path / f"set{suffix}"
-    assert export_pairs(write_run(tmp_path / "run", "once"), out) == 3
+    found = export_pairs(write_run(tmp_path / "run", "once"), out)
+    assert found == Exported(written=3, labels=False, unlearned=0)
+    assert found.told(out) == f"3 pairs written to {out}"
     rows = load(out, tmp_path / "cache")
     assert rows[0] == {
         "prompt": "once",
@@ -109,7 +114,7 @@ def test_text(tmp_path: Path, suffix: str) -> None:
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
 def test_chat(tmp_path: Path, suffix: str) -> None:
     out = tmp_path / f"set{suffix}"
-    assert export_pairs(write_run(tmp_path / "run", CHAT), out) == 3
+    assert export_pairs(write_run(tmp_path / "run", CHAT), out).written == 3
     row = load(out, tmp_path / "cache")[0]
     assert row["prompt"] == CHAT
     assert row["chosen"] == [{"role": "assistant", "content": " “0”\n2"}]
@@ -120,7 +125,7 @@ def test_chat(tmp_path: Path, suffix: str) -> None:
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
 def test_text_beside_chat_becomes_chat(tmp_path: Path, suffix: str) -> None:
     out = tmp_path / f"set{suffix}"
-    assert export_pairs(write_run(tmp_path / "run", "once", CHAT), out) == 6
+    assert export_pairs(write_run(tmp_path / "run", "once", CHAT), out).written == 6
     rows = load(out, tmp_path / "cache")
     assert rows[0]["prompt"] == [{"role": "user", "content": "once"}]
     assert rows[0]["chosen"] == [{"role": "assistant", "content": " “0”\n2"}]
@@ -134,7 +139,8 @@ def test_labels(tmp_path: Path, suffix: str, content: Text) -> None:
     group = replace(group_of(0, content, []), labels=(*labels, Label(0, 0, False, Fate.LEARN)))
     Ledger(tmp_path / "ledger").append(Round(0, 4, (group,), judge="j", seconds={}))
     out = tmp_path / f"set{suffix}"
-    assert export_pairs(tmp_path, out) == 2
+    told = export_pairs(tmp_path, out).told(out)
+    assert told == f"2 labelled completions written to {out}"
     first, second = load(out, tmp_path / "cache")
     texts = [" “0”\n0", " “0”\n2"]
     if content is CHAT:
@@ -194,3 +200,55 @@ def test_json_lines_are_one_object_each(tmp_path: Path) -> None:
     export_pairs(write_run(tmp_path / "run", "once\u2028upon"), out)
     lines = out.read_bytes().splitlines()
     assert [json.loads(line)["prompt"] for line in lines] == ["once\u2028upon"] * 3
+
+
+def test_pairs_that_a_round_ended_before_are_counted(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", "once")
+    whole, ended, old = ({"unused_pairs": 0}, {"unused_pairs": 1}, None)
+    records: list[dict[str, Any]] = [{"kind": "update", "pairs": 9}]
+    records += [{"kind": "round", "resampling": found} for found in (whole, ended, old, ended)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    found = export_pairs(run, tmp_path / "set.jsonl")
+    assert found == Exported(written=3, labels=False, unlearned=2)
+    assert found.told(Path("x.jsonl")) == (
+        "3 pairs written to x.jsonl; 2 of them were sampled and judged but not learned from: "
+        "rounds ended early (which ones is not recorded)"
+    )
+
+
+def positions_of(path: Path) -> list[tuple[int, int]]:
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [(row["position"], row["positions"]) for row in rows]
+
+
+def offline(run: Path, updates: int, positions: list[list[int]], **resampling: Any) -> Path:
+    """A run on given pairs of 4 prompts an update, with rounds of these positions' prompts."""
+    raw = {
+        "run": {"dir": str(run), "updates": updates},
+        "prompts": {"pairs": "given.jsonl"},
+        "sampling": {"prompts_per_update": 4},
+        "resampling": resampling,
+    }
+    create_run_directory(parse_config(raw, run.parent), {})
+    for index, at in enumerate(positions):
+        groups = tuple(group_of(position, "once", [(2, 0, 1.0, Fate.LEARN)]) for position in at)
+        Ledger(run / "ledger").append(Round(index, 0, groups, "given", seconds={}, given=True))
+    return run
+
+
+def test_an_offline_run_drew_as_many_prompts_as_it_planned(tmp_path: Path) -> None:
+    """What it lacked of them, since its set did, is no reason to call the stream shorter."""
+    run = offline(tmp_path / "once", 3, [[1, 4]], updates_per_round=math.inf)  # 3 × 4
+    export_pairs(run, tmp_path / "once.jsonl")
+    assert positions_of(tmp_path / "once.jsonl") == [(1, 12), (4, 12)]
+    run = offline(tmp_path / "often", 5, [[1], [9], []], updates_per_round=2)  # 8 + 8 + 4
+    export_pairs(run, tmp_path / "often.jsonl")
+    assert positions_of(tmp_path / "often.jsonl") == [(1, 20), (9, 20)]
+    run = offline(tmp_path / "stopped", 5, [[1]], updates_per_round=2)
+    export_pairs(run, tmp_path / "stopped.jsonl")
+    assert positions_of(tmp_path / "stopped.jsonl") == [(1, 8)]
+
+
+def test_an_offline_run_that_found_no_pair_at_all(tmp_path: Path) -> None:
+    run = offline(tmp_path / "run", 3, [[]])
+    assert "nothing was learned from in 1 rounds" in message_of(run, tmp_path / "set.jsonl")

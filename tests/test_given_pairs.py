@@ -175,11 +175,14 @@ def test_rows_that_are_too_long_or_empty_are_dropped_where_that_is_asked(tmp_pat
 def exported(
     position: int, chosen: int, rejected: int, probs: float = 1.0, **more: Any
 ) -> dict[str, Any]:
-    """A row of our export: sample s at position p has the ids p, s (and the end for an even s)."""
+    """A row of our export: sample s at position p has the ids p, s (and the end for an even s).
+
+    Its text has no space between the two words: nobody knows them so, were it tokenised.
+    """
     row: dict[str, Any] = {"prompt": "a text", "prompt_ids": [1, 3 + position]}
     for side, sample in (("chosen", chosen), ("rejected", rejected)):
         ids = [3 + position, 3 + sample, *([EOS] if sample % 2 == 0 else [])]
-        row[side] = f"not {sample}"
+        row[side] = WORDS[position] + WORDS[sample]
         row[f"{side}_ids"] = ids
         row[f"{side}_logprobs"] = [-0.5 - sample] * len(ids)
         row[f"{side}_sampling_logprobs"] = None if sample == 0 else [-0.25] * len(ids)
@@ -198,7 +201,7 @@ def test_an_export_keeps_its_positions_and_shares_completions(tmp_path: Path) ->
         exported(4, 1, 0),
         exported(4, 3, 0, 0.25),
     ]
-    # Neither shuffled nor tokenised again: the text is of other words, and there is no template.
+    # Neither shuffled nor tokenised again, and there is no template.
     pairs = given(tmp_path, rows, order="shuffled", chat=True)
     pairs.check()
     assert len(pairs) == 6
@@ -219,7 +222,7 @@ def test_an_export_keeps_its_positions_and_shares_completions(tmp_path: Path) ->
     assert [c.finished for c in second.completions] == [True, False, False]
     assert [c.seed for c in second.completions] == [400, 401, 403]
     assert [c.reference_share for c in second.completions] == [0.0, 0.0, 1.0]
-    assert [c.text for c in second.completions] == ["not 0", "not 1", "not 3"]
+    assert [c.text for c in second.completions] == ["ea", "eb", "ed"]
     assert [c.version for c in second.completions] == [9] * 3
     assert [c.logprobs.tolist() for c in second.completions] == [[-0.5] * 3, [-1.5] * 2, [-3.5] * 2]
     behaviour = [c.sampling_logprobs.tolist() for c in second.completions]
@@ -233,6 +236,66 @@ def test_an_export_keeps_its_positions_and_shares_completions(tmp_path: Path) ->
     assert batch.examples == (BatchPair(0, 1, 0.75), BatchPair(1, 2, 1.0), BatchPair(0, 2, 0.25))
     assert [g.prompt.position for g in pairs.take(10, 1, 0)] == [10]
     assert pairs.take(8, 2, 0) == []
+
+
+def test_the_first_groups_are_those_that_there_are(tmp_path: Path) -> None:
+    pairs = given(tmp_path, [exported(4, 3, 1), exported(1, 2, 0), exported(5, 2, 0)])
+    assert [[g.prompt.position for g in pairs.first(n)] for n in (0, 1, 2, 3, 9)] == [
+        [],
+        [1],
+        [1, 4],
+        [1, 4, 5],
+        [1, 4, 5],  # of one epoch
+    ]
+    assert {c.version for g in pairs.first(2, 7) for c in g.completions} == {7}
+    assert {c.version for g in pairs.first(2) for c in g.completions} == {0}
+    plain = given(tmp_path, [text_row(word) for word in "abc"], order="shuffled")
+    assert prompts_of(plain.first(2)) == prompts_of(plain.take(0, 2, 0))
+    assert prompts_of(plain.first(9)) == prompts_of(plain.take(0, 3, 0))
+    long = [text_row("a"), text_row("b", " c d"), text_row("c")]
+    dropping = given(tmp_path, long, too_long="drop", max_tokens=4)
+    assert prompts_of(dropping.first(9)) == "ac"
+    assert (dropping.rows, pairs.rows, plain.rows) == (2, 3, 3)
+
+
+def row_of_another(tmp_path: Path, vocabulary: int | None, **columns: Any) -> str:
+    """What is said of a set whose second row has these columns."""
+    rows = [exported(0, 0, 1), exported(1, 2, 1) | columns]
+    with pytest.raises(UserError) as told:
+        given(tmp_path, rows, vocabulary=vocabulary).check()
+    assert "\n" not in str(told.value)
+    return str(told.value).partition(" row ")[2]
+
+
+def test_ids_are_of_the_policys_vocabulary(tmp_path: Path) -> None:
+    """The largest id of all is 5: position 1's prompt 4, samples 3 to 5."""
+    rows = [exported(0, 0, 1), exported(1, 2, 1)]
+    given(tmp_path, rows, vocabulary=6).check()
+    message = "exported by a run of another model? train the same model"
+    assert row_of_another(tmp_path, 5) == (
+        f"2: chosen_ids: 5 is no token id of the policy's 5: {message}"
+    )
+    assert row_of_another(tmp_path, 24, rejected_ids=[24, 24]).startswith("2: rejected_ids: 24 is")
+    assert row_of_another(tmp_path, 24, prompt_ids=[1, 99]).startswith("2: prompt_ids: 99 is")
+    assert row_of_another(tmp_path, None, chosen_ids=[-1, 5, 2]) == (
+        f"2: chosen_ids: -1 is no token id from 0 on: {message}"
+    )
+    with pytest.raises(UserError, match="row 2: chosen_ids: 5 is no token id of the policy's 5"):
+        given(tmp_path, rows, vocabulary=5, too_long="drop").take(0, 2, 0)
+
+
+def test_tokens_are_those_of_the_text(tmp_path: Path) -> None:
+    said = row_of_another(tmp_path, 24, rejected="b a")  # its tokens are b b
+    assert said == (
+        "2: rejected_ids: the tokens are of another tokenizer, here they read 'b b': train the "
+        "same model, or drop the columns …_ids to tokenise the text"
+    )
+    given(tmp_path, [exported(0, 0, 1) | {"chosen": " a\na "}]).check()
+    rows = [exported(0, sample, 9) for sample in range(8)]
+    later = exported(0, 8, 9) | {"chosen": "other"}  # only the first few are read back
+    given(tmp_path, [*rows, later]).check()
+    with pytest.raises(UserError, match="row 8: chosen_ids: the tokens are of another"):
+        given(tmp_path, [*rows[:7], later]).check()
 
 
 def test_a_tie_that_a_run_learned_from_is_learned_from_again(tmp_path: Path) -> None:

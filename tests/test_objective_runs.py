@@ -358,6 +358,7 @@ MISFITS = [
     ({"objective": {"name": "kto"}, "pairing": KEPT}, "one side of a tie desirable"),
     ({"objective": {"nll_weight": 1.0}, "pairing": KEPT}, "a tie has none"),
     ({"objective": {"name": "orpo"}, "pairing": KEPT}, "a tie has none"),
+    ({"objective": {"name": "sft"}, "pairing": KEPT}, "a tie has none"),
     ({"objective": {"name": "nash_md"}}, "set pairing.ties to keep"),
     ({"objective": {"name": "pdpo"}}, "set pairing.ties to keep"),
     (

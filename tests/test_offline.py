@@ -26,7 +26,7 @@ from tests.pair_helpers import TEMPLATE
 from workers.messages import Fate
 
 OF_TIME = ("seconds", "tokens_per_second")
-OF_RECORD = ("ess", "ess_per_token", "kl_from_sampler")
+OF_RECORD = ("ess", "ess_per_token", "policy_ess", "policy_ess_per_token", "kl_from_sampler")
 """Exactly 1, 1 and 0 where the run itself sampled; from recorded log-probabilities, to rounding."""
 
 
@@ -199,6 +199,40 @@ def test_weights_of_given_pairs_are_by_declaration(tiny_model, tmp_path):
     assert updates[3]["ess"] < 1.0
 
 
+def test_declared_pairs_that_are_replayed_have_weights_too(tiny_model, tmp_path):
+    path = write(tmp_path / "trl.jsonl", TRL)
+    cfg = once(
+        tiny_model,
+        tmp_path,
+        "replayed",
+        **given(path, behaviour="reference"),
+        resampling={"updates_per_round": 1, "replay": [0.5, 0.5], "correction": "clipped"},
+    )
+    for record in run(cfg):
+        assert np.isfinite(record["grad_norm"])
+        assert np.isfinite(record["objective"]["correction_weight"])
+
+
+def test_wpo_weighs_given_pairs_from_the_first_update_on(tiny_model, tmp_path):
+    path = write(tmp_path / "trl.jsonl", TRL)
+    resampling = {"updates_per_round": 1, "correction": "wpo"}
+    updates = run(once(tiny_model, tmp_path, "wpo", resampling=resampling, **given(path)))
+    assert all(0 < r["objective"]["correction_weight"] < 0.99 for r in updates)
+
+
+def test_an_export_that_begins_late_is_learned_from(tiny_model, tmp_path):
+    """Its first positions are missing: ties, or prompts that nobody could judge."""
+    original = once(tiny_model, tmp_path, "original")
+    run(original)
+    out = tmp_path / "pairs.jsonl"
+    export_pairs(original.run_dir, out)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    late = write(tmp_path / "late.jsonl", [row for row in rows if row["position"] >= 9])
+    updates = run(once(tiny_model, tmp_path, "late", **given(late)))
+    assert updates[0]["pairs"] == updates[1]["pairs"] == 0
+    assert updates[3]["pairs"] > 0
+
+
 def refusal(cfg: Any) -> str:
     with pytest.raises(UserError) as caught:
         run(cfg())
@@ -217,6 +251,12 @@ def refusal(cfg: Any) -> str:
         (TRL, {"objective": {"name": "xpo"}}, "xpo learns from the policy's own samples"),
         (TRL, {"objective": {"name": "pdpo"}}, "set objective.weights to clipped, raw or self"),
         (TRL, {"drift": {"stop": {"entropy": 1}}}, "needs fresh samples, and the pairs are given"),
+        (TRL, {"drift": {"warn": {"logprob_gap": 1}}}, "needs fresh samples, and the pairs are g"),
+        (
+            TRL,
+            {"drift": {"stop": {"judging.tie_rate": 1}}},
+            "needs a judge, and the pairs are given",
+        ),
         (KTO, {}, "completions with a label, and dpo learns from pairs: use kto or bco"),
         ([{"prompt": "a", "chosen": "b"}], {}, "row 1"),
     ],
@@ -265,7 +305,9 @@ def unlikely(model: Path, row: dict[str, Any]) -> dict[str, Any]:
     with torch.no_grad():
         for _ in row["chosen_ids"]:
             ids.append(int(policy(torch.tensor([ids])).logits[0, -1].argmin()))
-    return row | {"chosen_ids": ids[len(row["prompt_ids"]) :]}
+    chosen = ids[len(row["prompt_ids"]) :]
+    text = AutoTokenizer.from_pretrained(model).decode(chosen, skip_special_tokens=True)
+    return row | {"chosen_ids": chosen, "chosen": text}
 
 
 def test_sft_on_the_chosen_side_by_the_command(tiny_model, tmp_path, monkeypatch, capsys):
@@ -281,6 +323,26 @@ def test_sft_on_the_chosen_side_by_the_command(tiny_model, tmp_path, monkeypatch
     updates = [r for r in tiny.records(tmp_path / "offline-sft") if r["kind"] == "update"]
     assert updates[-1]["loss"] < updates[0]["loss"]
     assert updates[-1]["chosen_logps"] > updates[0]["chosen_logps"]
+
+
+def test_sft_sets_aside_what_is_only_for_preferences(tiny_model, tmp_path, monkeypatch):
+    path = write(tmp_path / "trl.jsonl", TRL)
+    cfg = once(
+        tiny_model,
+        tmp_path,
+        "sdpo",
+        **given(path, behaviour="reference"),
+        resampling={"updates_per_round": 2, "correction": "clipped"},
+        reference={"update": {"every_rounds": 1}},
+        drift={"stop": {"chosen_logps_change": -1e9}},
+    )
+    file = tmp_path / "sdpo.yaml"
+    file.write_text(json.dumps(cfg.model_dump(mode="json", exclude_defaults=True)))
+    monkeypatch.setattr("sys.argv", ["freshpairs", "sft", str(file), "evaluation={}"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert not end.value.code
+    assert len(list(Ledger(tmp_path / "sdpo-sft" / "ledger"))) == 1
 
 
 # --- the real sets ----------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -276,11 +277,29 @@ MISTAKES: list[tuple[Any, dict[str, Any], str]] = [
     (RECORDED | {"rejected_ids": None}, {}, "some of prompt_ids, chosen_ids, rejected_ids"),
     (RECORDED | {"chosen_ids": "4 2"}, {}, "chosen_ids: not a list of int64 numbers"),
     (RECORDED | {"chosen_logprobs": [-1.0]}, {}, "chosen_logprobs has 1 values for 2 tokens"),
+    *(
+        (
+            RECORDED | {column: [-1.0, value]},
+            {},
+            f"{column}: {value:g} is no log-probability (finite, 0 at most): export it again",
+        )
+        for column in ("chosen_logprobs", "rejected_sampling_logprobs")
+        for value in (math.nan, -math.inf, 0.0011)
+    ),
     (RECORDED | {"chosen_sample": -1}, {}, "chosen_sample=-1: not a whole number"),
     (RECORDED | {"position": 2}, {}, "position=2: not below positions=2"),
     (RECORDED | {"prompt_ids": []}, {}, "the prompt has no tokens"),
     (RECORDED | {"chosen_ids": []}, {}, "a completion is empty"),
 ]
+
+
+def test_a_log_probability_may_be_rounded_above_0(tmp_path: Path) -> None:
+    row = RECORDED | {"chosen_logprobs": [0.0, 0.001], "rejected_logprobs": [-1e4, -0.5]}
+    group = only(given(tmp_path, [row]).take(0, 1, 0))
+    assert [c.logprobs.tolist() for c in group.completions] == [
+        [0.0, pytest.approx(0.001)],
+        [-1e4, -0.5],
+    ]
 
 
 @pytest.mark.parametrize(("row", "options", "said"), MISTAKES, ids=[said for *_, said in MISTAKES])

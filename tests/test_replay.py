@@ -49,7 +49,7 @@ def test_a_last_round_cut_to_fit_is_mixed_alike():
     prompts=st.integers(2, 9),
     per_round=st.one_of(st.integers(1, 8), st.just(math.inf)),
     passes=st.integers(1, 3),
-    replay=st.sampled_from([[1.0], [0.5, 0.5], SHARES, [0.4, 0.3, 0.2, 0.1], "all"]),
+    replay=st.sampled_from([[1.0], [0.5, 0.5], SHARES, [0.4, 0.3, 0.3], [0.1] * 10, "all"]),
 )
 def test_every_update_gets_its_prompts_and_no_prompt_comes_twice_in_a_pass(
     updates, prompts, per_round, passes, replay
@@ -70,6 +70,7 @@ def test_every_update_gets_its_prompts_and_no_prompt_comes_twice_in_a_pass(
         assert by_round == {share.index: share.take for share in plan.shares if share.take} or (
             not plan.shares and by_round == {plan.index: plan.slots}
         )
+        assert plan.prompts > 0
         if replay != "all":  # what is sampled is learned from
             own = set(range(plan.start, plan.start + plan.prompts))
             assert own <= set(drawn)

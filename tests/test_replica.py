@@ -12,7 +12,7 @@ import torch
 
 from pipeline.handles import WorkerDied
 from pipeline.learner import RemoteLearner
-from pipeline.replica import Replica
+from pipeline.replica import Replica, least_busy
 from pipeline.sync import PROBE_NEW_TOKENS, WeightSync
 from workers.generator import SampledUnit, SampleRequest
 from workers.messages import (
@@ -457,3 +457,56 @@ def test_two_pushes_wait_to_be_proved_in_either_order(order):
 def test_continuations_are_compared_until_they_part(ids, logprobs, gap):
     expected = continuation(0, [5, 6, 7, 8], [-1.0, -2.0, -3.0, -4.0])
     assert probe_gap(continuation(0, ids, logprobs), expected) == gap
+
+
+# --- who is asked -----------------------------------------------------------------------------
+
+
+def shared(paces: list[float], units: int) -> list[int]:
+    """How many units each replica is given of so many that come at one time, of one prompt each."""
+    given = replicas(*(Slot(FakeGenerator) for _ in paces))
+    for replica, pace in zip(given, paces, strict=True):
+        replica.pace = pace
+    counts = [0] * len(paces)
+    for _ in range(units):
+        chosen = least_busy(given, 1)
+        chosen._ask(Result, 1)
+        counts[given.index(chosen)] += 1
+    return counts
+
+
+def test_units_are_shared_by_pace():
+    assert shared([1.0, 1.0], 8) == [4, 4]
+    assert shared([1.0, 3.0], 8) == [6, 2]
+    assert shared([2.0, 2.0, 1.0], 8) == [2, 2, 4]
+
+
+def test_a_replica_that_was_slow_once_is_asked_again():
+    """Ten times as slow at one time: idle it would show no other pace for ever."""
+    fast, slow = replicas(Slot(FakeGenerator), Slot(FakeGenerator))
+    fast.pace, slow.pace = 1.0, 10.0
+    rounds = 0
+    while True:  # of two units each; all are answered before the next
+        units = []
+        for _ in range(2):
+            chosen = least_busy([fast, slow], 1)
+            units.append((chosen, chosen._ask(Result, 1)))
+        if any(chosen is slow for chosen, _ in units):
+            break
+        for _, unit in units:
+            unit.owed = False
+        rounds += 1
+    # A quarter of the usual 5.5 counts at least: 1.375 + 8.625·0.9^n is below the fast one's second
+    # unit, 2.75, once it was passed over n = 18 times: with the second unit of the tenth round.
+    assert rounds == 9
+
+
+def test_answers_from_a_cache_are_not_taken_for_a_pace():
+    assert shared([1.0, 0.0], 8) == [1, 7]
+
+
+def test_a_new_worker_has_no_pace_yet():
+    (replica,) = replicas(Slot(FakeGenerator))
+    replica.pace = 9.0
+    replica.replace()
+    assert replica.pace is None

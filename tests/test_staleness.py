@@ -18,21 +18,31 @@ from pipeline.resampling_options import AdaptiveOptions, EarlyOptions, Resamplin
 from pipeline.staleness import Staleness
 from tests import tiny
 
-FRESH = {"ess": 0.9, "ess_per_token": 0.99, "kl_from_sampler": 0.01}
+FRESH = {
+    "ess": 0.1,
+    "ess_per_token": 0.1,
+    "policy_ess": 0.9,
+    "policy_ess_per_token": 0.99,
+    "kl_from_sampler": 0.01,
+}
 
 
 @pytest.mark.parametrize(
     ("options", "measured", "reason"),
     [
-        ({}, {"ess": 0.0}, None),
-        ({"ess_below": 0.5}, {"ess": 0.5}, None),
-        ({"ess_below": 0.5}, {"ess": 0.49}, "ess 0.49 is below resampling.early.ess_below=0.5"),
-        ({"ess_below": 0.5}, {"ess": None}, None),
-        ({"ess_below": 0.5}, {"ess": math.nan}, None),
+        ({}, {"policy_ess": 0.0}, None),
+        ({"ess_below": 0.5}, {"policy_ess": 0.5}, None),
+        (
+            {"ess_below": 0.5},
+            {"policy_ess": 0.49},
+            "policy_ess 0.49 is below resampling.early.ess_below=0.5",
+        ),
+        ({"ess_below": 0.5}, {"policy_ess": None}, None),
+        ({"ess_below": 0.5}, {"policy_ess": math.nan}, None),
         (
             {"ess_per_token_below": 0.995},
             {},
-            "ess_per_token 0.99 is below resampling.early.ess_per_token_below=0.995",
+            "policy_ess_per_token 0.99 is below resampling.early.ess_per_token_below=0.995",
         ),
         (
             {"kl_above": 0.02},
@@ -50,10 +60,10 @@ def test_each_threshold(options, measured, reason):
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
-        ("return update['ess'] < least", "resampling.early.rule={} says so"),
-        ("return update['ess'] > least", None),
+        ("return update['policy_ess'] < least", "resampling.early.rule={} says so"),
+        ("return update['policy_ess'] > least", None),
         ("return None", None),
-        ("return f\"ess {update['ess']}\"", "ess 0.9"),
+        ("return f\"ess {update['policy_ess']}\"", "ess 0.9"),
         ("import numpy; return numpy.bool_(True)", "resampling.early.rule={} says so"),
     ],
 )
@@ -72,13 +82,14 @@ def test_a_rule_of_ones_own(tmp_path, body, reason):
         ("{}:stale", {"most": 1}, "resampling.early.args.most: "),
         ("{}:needy", {}, "resampling.early.args: {}:needy needs least: give it there"),
         ("{}:odd", {}, "resampling.early.rule={}:odd: returned 7: return True to resample"),
+        ("{}:broken", {}, "resampling.early.rule={}:broken: raised KeyError: 'no': mend the rule"),
     ],
 )
 def test_a_rule_that_will_not_do(tmp_path, rule, args, said):
     path = tmp_path / "mine.py"
     path.write_text(
         "def stale(update, least=1): ...\ndef needy(update, least): ...\n"
-        "def odd(update): return 7\n"
+        "def odd(update): return 7\ndef broken(update): return update['no']\n"
     )
     with pytest.raises(UserError) as caught:
         Staleness(EarlyOptions(rule=rule.format(path), args=args)).reason(FRESH)
@@ -89,14 +100,14 @@ def test_a_rule_that_will_not_do(tmp_path, rule, args, said):
 
 
 def test_it_finds_the_number_that_holds_the_target():
-    """A policy with ESS = exp(−c·lag²), c = ln 2 / 49: at ESS 0.5 the lag is 7, so K = 8."""
+    """A policy with ESS = exp(−c·lag), c = ln 2 / 7: at ESS 0.5 the lag is 7, so K = 8."""
     adaptation = Adaptation(AdaptiveOptions(target=0.5), 1, ages=1)
     chosen = []
     for _ in range(12):
         lag = adaptation.updates_per_round - 1
-        ess = 2.0 ** (-((lag / 7) ** 2))
+        ess = 2.0 ** -(lag / 7)
         chosen.append(adaptation.updates_per_round)
-        adaptation.observe({"lag_max": lag, "ess": ess, "ess_per_token": 1.0})
+        adaptation.observe({"lag_max": lag, "policy_ess": ess, "policy_ess_per_token": 1.0})
     assert chosen[:4] == [1, 2, 4, 8]
     assert set(chosen[3:]) == {8}
 
@@ -106,7 +117,9 @@ def test_with_rounds_in_flight_the_lag_is_that_of_all_of_them():
     adaptation = Adaptation(AdaptiveOptions(target=0.5), 4, ages=2)
     for _ in range(5):
         lag = 2 * adaptation.updates_per_round - 1
-        adaptation.observe({"lag_max": lag, "ess": 2.0 ** (-((lag / 7) ** 2)), "ess_per_token": 1})
+        adaptation.observe(
+            {"lag_max": lag, "policy_ess": 2.0 ** -(lag / 7), "policy_ess_per_token": 1}
+        )
     assert adaptation.updates_per_round == 4
 
 
@@ -114,29 +127,29 @@ def test_with_rounds_in_flight_the_lag_is_that_of_all_of_them():
 def test_it_stays_within_its_bounds(ess, expected):
     adaptation = Adaptation(AdaptiveOptions(min=2, max=6), 4, ages=1)
     for _ in range(6):
-        adaptation.observe({"lag_max": 3, "ess": ess, "ess_per_token": 1.0})
+        adaptation.observe({"lag_max": 3, "policy_ess": ess, "policy_ess_per_token": 1.0})
     assert adaptation.updates_per_round == expected
 
 
 def test_what_shows_nothing_is_forgotten_slowly():
     """A policy that is at lag 0 only tells nothing: after a while two updates are tried again."""
     adaptation = Adaptation(AdaptiveOptions(target=0.5), 2, ages=1)
-    adaptation.observe({"lag_max": 1, "ess": 0.2, "ess_per_token": 1.0})
+    adaptation.observe({"lag_max": 1, "policy_ess": 0.2, "policy_ess_per_token": 1.0})
     tried = []
     for _ in range(6):
         tried.append(adaptation.updates_per_round)
-        adaptation.observe({"lag_max": 0, "ess": 1.0, "ess_per_token": 1.0})
+        adaptation.observe({"lag_max": 0, "policy_ess": 1.0, "policy_ess_per_token": 1.0})
     assert tried[0] == 1
     assert 2 in tried
 
 
 def test_its_state_is_json():
     one = Adaptation(AdaptiveOptions(), 4, ages=1)
-    one.observe({"lag_max": 3, "ess": 0.7, "ess_per_token": 1.0})
+    one.observe({"lag_max": 3, "policy_ess": 0.7, "policy_ess_per_token": 1.0})
     other = Adaptation(AdaptiveOptions(), 4, ages=1)
     other.load(json.loads(json.dumps(one.state())))
     for adaptation in (one, other):
-        adaptation.observe({"lag_max": 3, "ess": 0.4, "ess_per_token": 1.0})
+        adaptation.observe({"lag_max": 3, "policy_ess": 0.4, "policy_ess_per_token": 1.0})
     assert one.state() == other.state()
 
 
@@ -146,7 +159,7 @@ def test_the_whole_run_is_fed_however_early_its_rounds_end():
     while (plan := dial.admit()) is not None:
         used = min(plan.updates, 3 if plan.index % 2 else 1)
         fed.append((plan.start, used))
-        dial.ended(plan, used, {"lag_max": None, "ess": None, "ess_per_token": None})
+        dial.ended(plan, used, {"lag_max": None, "policy_ess": None, "policy_ess_per_token": None})
     assert sum(used for _, used in fed) == 10
     # The fifth round is cut to the 2 updates left, ends after one, and a sixth makes the last.
     assert [start for start, _ in fed] == [0, 12, 24, 36, 48, 54]
@@ -220,3 +233,76 @@ def test_killed_anywhere_it_resumes_as_it_was(
                 job.run(cut, quiet=True)
         job.resume(cut.run_dir, quiet=True)
         assert_same_run(cut.run_dir, whole.run_dir)
+
+
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        (
+            {"resampling": {"early": {"ess_below": 0.2}}},
+            "resampling.early.ess_below=0.2: of 4 pairs the effective share is at least 0.25",
+        ),
+        (
+            {"resampling": {"adaptive": {"target": 0.25}}},
+            "resampling.adaptive.target=0.25: of 4 pairs the effective share is at least 0.25",
+        ),
+        (
+            {
+                "resampling": {"adaptive": True},
+                "judge": {"select": "random", "budget": {"labels": 40}},
+            },
+            "judge.select=random: spreads the labels over the run's prompts, and rounds that end ",
+        ),
+        (
+            {
+                "resampling": {"correction": "raw"},
+                "judge": {"select": "uncertainty", "budget": {"labels": 40}},
+            },
+            "judge.select=uncertainty: resampling.correction=raw takes pairs to be drawn at random",
+        ),
+        (
+            {
+                "drift": {"reset": {"kl_to_reference": 1}},
+                "reference": {"update": {"every_rounds": 1}},
+            },
+            "drift.reset: with reference.update={every_rounds: 1} the reference is the policy that",
+        ),
+    ],
+)
+def test_what_could_never_work_is_refused(tiny_model, tmp_path, sections, said):
+    with pytest.raises(UserError) as caught:
+        tiny.config(tiny_model, tmp_path, **sections)
+    assert said in str(caught.value)
+
+
+def test_a_reference_may_move_where_rounds_end_early(tiny_model, tmp_path):
+    """Planned as one round, the run has as many as its pairs go stale."""
+    cfg = tiny.config(
+        tiny_model,
+        tmp_path,
+        resampling={"updates_per_round": math.inf, "early": {"kl_above": 1e-6}},
+        reference={"update": {"every_rounds": 1}},
+        learner={"learning_rate": 0.05},
+    )
+    job.run(cfg, quiet=True)
+    rounds = [r for r in tiny.records(cfg.run_dir) if r["kind"] == "round"]
+    assert len(rounds) > 1
+    assert all(r["reference_version"] == r["version"] for r in rounds)
+
+
+def test_tempered_samples_are_not_stale_at_once(tiny_model, tmp_path):
+    """At lag 0 their importance weights differ from 1, the policy that drew them does not."""
+    cfg = tiny.config(
+        tiny_model,
+        tmp_path,
+        sampling={"prompts_per_update": 4, "max_new_tokens": 8, "temperature": 0.5},
+        resampling={"updates_per_round": 3, "early": {"ess_below": 0.9}},
+        learner={"learning_rate": 1e-9},
+    )
+    job.run(cfg, quiet=True)
+    updates = [r for r in tiny.records(cfg.run_dir) if r["kind"] == "update"]
+    assert min(r["ess"] for r in updates) < 0.9  # which would have ended the round
+    assert [r["policy_ess"] for r in updates[::3]] == [1.0, 1.0]
+    assert all(r["policy_ess"] > 0.999 for r in updates)
+    rounds = [r for r in tiny.records(cfg.run_dir) if r["kind"] == "round"]
+    assert [r["resampling"]["updates"] for r in rounds] == [3, 3]

@@ -262,7 +262,73 @@ def test_a_point_that_needs_a_change_is_told_and_goes_on_with_it(
     assert outcome.failed == []
     more = plan(config_file, [*GRID, "judge.budget.labels=1000"])
     begun = [point for point in more.points if point.begun]
-    assert [point.more for point in begun] == [("judge.budget.labels=1000",)] * len(begun)
+    budget = "judge.budget={labels: 1000, tokens: null, usd: null}"
+    assert [point.more for point in begun] == [(budget,)] * len(begun)
     outcome, _ = swept(more)
     assert outcome.stopped == []
     assert all((tmp_path / "run-sweep" / name / "policy").is_dir() for name in NAMES)
+
+
+STOP = "drift.stop={length_mean: {above: 500}, entropy: {below: 0.001}}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "more"),
+    [
+        (
+            ["drift.stop={length_mean: {above: 500}}"],
+            ("drift.stop={length_mean: {above: 500.0, below: null}}",),
+        ),
+        ([], ("drift.stop={}",)),
+        (
+            [STOP, "drift.warn.judging.tie_rate=0.5"],
+            ("drift.warn={judging.tie_rate: {above: 0.5, below: null}}",),
+        ),
+    ],
+)
+def test_a_begun_point_goes_on_with_thresholds_added_and_left_out(
+    config_file: Path, arguments: list[str], more: tuple[str, ...]
+) -> None:
+    first = plan(config_file, ["run.seed=0,1", STOP]).points[0].cfg
+    create_run_directory(first, {"generator": 1, "learner": 1})
+    sweep = plan(config_file, ["run.seed=0,1", *arguments])
+    assert [point.more for point in sweep.points] == [more, ()]
+    assert swept(sweep)[0].failed == []
+    again = plan(config_file, ["run.seed=0,1", *arguments])
+    assert [(point.finished, point.more) for point in again.points] == [(True, ())] * 2
+
+
+def test_a_key_that_is_there_no_more_is_a_difference(config_file: Path, tmp_path: Path) -> None:
+    warned = ["run.seed=0,1", "drift.bad=null", "drift.resample={entropy: {below: 0.5}}"]
+    create_run_directory(plan(config_file, warned).points[0].cfg, {})
+    with pytest.raises(UserError) as refused:
+        plan(config_file, warned[:1])
+    assert "entropy.below=0.5; asked for is drift.resample={}: sweep into" in str(refused.value)
+    place, args = tmp_path / "args", "judge.args={x: 1, y: 2}"
+    create_run_directory(plan(config_file, ["run.seed=0,1", args], place).points[0].cfg, {})
+    with pytest.raises(UserError, match=r"begun with judge.args.y=2; asked for is no judge.args.y"):
+        plan(config_file, ["run.seed=0,1", "judge.args={x: 1}"], place)
+
+
+def test_a_file_where_the_runs_should_go_is_told_once(config_file: Path, tmp_path: Path) -> None:
+    for place in (config_file, config_file / "below"):
+        with pytest.raises(UserError) as told:
+            plan(config_file, GRID, place)
+        assert str(told.value) == (
+            f"--dir {place}: {config_file} is a file, not a directory: choose another"
+        )
+    (tmp_path / "run-sweep").write_text("")
+    with pytest.raises(UserError, match="run-sweep is a file"):
+        plan(config_file, GRID)
+
+
+def test_a_mistake_that_lets_no_point_begin_is_told_once(config_file: Path, tmp_path: Path) -> None:
+    gone = tmp_path / "gone.jsonl"
+    with pytest.raises(UserError) as told:
+        swept(plan(config_file, [*GRID, f"prompts.path={gone}"]))
+    (line,) = str(told.value).splitlines()
+    assert line.startswith(f"prompts.path={gone}: ")
+    assert not (tmp_path / "run-sweep").exists()
+    outcome, _ = swept(plan(config_file, [f"prompts.path={tmp_path / 'prompts.jsonl'},{gone}"]))
+    assert [len(outcome.runs), len(outcome.failed)] == [1, 1]
+    assert outcome.failed[0].endswith(line)

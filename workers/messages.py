@@ -206,13 +206,14 @@ class Round:
 class BatchCompletion:
     """A completion as the learner needs it; without ``learn`` no gradient flows into it.
 
-    ``replayed``: an earlier round's, learned from again.
+    ``replayed``: an earlier round's, learned from again. ``given``: no policy of this run wrote it.
     """
 
     prompt_ids: IntArray
     completion: Completion
     learn: bool = True
     replayed: bool = False
+    given: bool = False
 
 
 @dataclass(frozen=True, slots=True)

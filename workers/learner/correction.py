@@ -28,7 +28,8 @@ def example_weights(
     An importance weight is Π π(y)/μ(y) over the example's completions, μ the distribution that y
     was drawn from; ``self_normalized`` weights have mean 1 over the examples, which must then be
     those of the whole update. An opponent's completion was never meant to be the policy's own, and
-    counts as 1. WPO's weight is Π exp(mean_t[log π_t − log Σ_v π_v²]) where the example is older.
+    counts as 1. WPO's weight is Π exp(mean_t[log π_t − log Σ_v π_v²]) where the example is older,
+    or was given.
     """
     if correction.name == "none":
         return torch.ones(len(examples), dtype=torch.float64)
@@ -38,7 +39,7 @@ def example_weights(
     logps = torch.stack([scored.logprobs[row].detach().sum() for row in rows])
     own = torch.tensor([item.completion.reference_share == 0.0 for item in items])
     if correction.name == "wpo":
-        older = torch.tensor([item.completion.version < version for item in items])
+        older = torch.tensor([i.given or i.completion.version < version for i in items])
         log_weights = torch.where(older & own, wpo_weights(scored).log(), 0.0)
     else:
         behaviour = behaviour_logps(items, logps, version)

@@ -201,11 +201,13 @@ class BatchLoss:
         """What was scored and lost, as columns over the batch."""
         items = update.batch.completions
         logps = torch.full((len(items),), torch.nan)
-        moved = torch.full((len(items),), torch.nan, dtype=torch.float64)
+        log_ratio, moved = (torch.full((len(items),), torch.nan).double() for _ in range(2))
         for scored, _ in parts:
             for row, logprobs in scored.logprobs.items():
                 logps[row] = logprobs.detach().sum()
-                moved[row] = _divergence(items[row], logprobs.detach(), update.version)
+                since = _since_sampled(items[row], logprobs.detach(), update.version)
+                log_ratio[row] = since.sum()
+                moved[row] = (torch.expm1(since) - since).sum()
         reference = None
         if self.needs.reference:
             reference = torch.stack([reference_logprobs(item).sum() for item in items])
@@ -217,6 +219,7 @@ class BatchLoss:
             logps=logps.double().numpy(),
             ref=None if reference is None else reference.double().numpy(),
             log_weight=log_weight.double().numpy(),
+            log_ratio=torch.where(own, log_ratio, 0.0).numpy(),
             moved=torch.where(own, moved, 0.0).numpy(),
             loss=_column([output.loss for output in outputs]),
             measures={
@@ -226,17 +229,17 @@ class BatchLoss:
         )
 
 
-def _divergence(item: BatchCompletion, logprobs: Tensor, version: int) -> Tensor:
-    """Σ_t (r_t − 1 − ln r_t), r = π / the policy that sampled, at temperature 1: KL in nats.
+def _since_sampled(item: BatchCompletion, logprobs: Tensor, version: int) -> Tensor:
+    """ln r of each token [T], r = π / the policy that sampled, both at temperature 1.
 
-    Unbiased and never negative where that policy's plain softmax was sampled (the estimator k3 of
-    Schulman, Approximating KL Divergence, 2020). Exactly 0 for what this version sampled.
+    Exactly 0 for what this version sampled. Σ_t (r − 1 − ln r) estimates the KL from that policy
+    in nats, never negative, without bias where its plain softmax was sampled (the estimator k3 of
+    Schulman, Approximating KL Divergence, 2020).
     """
     completion = item.completion
-    if completion.version == version and completion.sampling_logprobs is None:
-        return torch.zeros((), dtype=torch.float64)
-    log_ratio = logprobs.double() - torch.from_numpy(completion.logprobs).double()
-    return (torch.expm1(log_ratio) - log_ratio).sum()
+    if completion.version == version and not item.given:
+        return torch.zeros_like(logprobs, dtype=torch.float64)
+    return logprobs.double() - torch.from_numpy(completion.logprobs).double()
 
 
 def _column(values: Sequence[Tensor]) -> DoubleArray:

@@ -33,6 +33,8 @@ MEASURES = (
     "lag_max",
     "ess",
     "ess_per_token",
+    "policy_ess",
+    "policy_ess_per_token",
     "kl_from_sampler",
 )
 
@@ -42,13 +44,15 @@ class Scored:
     """Columns [C] over a batch's completions and [E] over its examples.
 
     ``ref`` is None without a reference; ``log_weight`` [C] is log π − log of the distribution
-    sampled from; ``moved`` [C] the KL, in nats, from the policy that sampled each completion to the
-    policy, as estimated on it; ``measures`` are the objective's own, [E] each.
+    sampled from; ``log_ratio`` [C] log π − log of the policy that sampled, both at temperature 1,
+    and ``moved`` [C] the KL, in nats, from that policy to π, as estimated on the completion;
+    ``measures`` are the objective's own, [E] each.
     """
 
     logps: DoubleArray
     ref: DoubleArray | None
     log_weight: DoubleArray
+    log_ratio: DoubleArray
     moved: DoubleArray
     loss: DoubleArray
     measures: Mapping[str, DoubleArray]
@@ -62,8 +66,10 @@ def update_measures(
     Chosen and rejected are the two sides of a pair, the desirable and the undesirable completions,
     the first and the last of a ranking, the samples that beat and that lost to their opponent.
     ``accuracy`` is the share of pairs (of neighbours in a ranking) that the implicit reward orders
-    as the label does, even labels aside. The measures of age (lag, ESS, the KL from the sampler in
-    nats a token) are of the round's own examples; ``replayed`` has those of earlier rounds'.
+    as the label does, even labels aside. The measures of age are of the round's own examples,
+    ``replayed`` has those of earlier rounds': ``ess`` is of importance weights, towards the
+    distribution really sampled; ``policy_ess`` of π over the policy that sampled, both at
+    temperature 1, hence 1 at lag 0 however samples were drawn; ``kl_from_sampler`` in nats a token.
     ``lags`` counts every example by its lag.
     """
     if scored is None:
@@ -116,21 +122,24 @@ class _Ages:
 
     def measures(self) -> dict[str, float | None]:
         """Lag, effective sample size and the KL from the sampler; None of nothing."""
-        names = ("lag_mean", "lag_max", "ess", "ess_per_token", "kl_from_sampler")
         if not self._rows:
-            return dict.fromkeys(names)
-        log_weight = np.array([self._scored.log_weight[rows].sum() for rows in self._rows])
+            return dict.fromkeys(MEASURES[MEASURES.index("lag_mean") :])
         tokens = np.array([sum(len(self._items[row].ids) for row in rows) for rows in self._rows])
+        weights, ratios = (
+            np.array([column[rows].sum() for rows in self._rows])
+            for column in (self._scored.log_weight, self._scored.log_ratio)
+        )
         held = sorted({row for rows in self._rows for row in rows})
         nats = float(self._scored.moved[held].sum())
-        found = (
-            float(np.mean(self._lags())),
-            max(self._lags()),
-            effective_sample_share(log_weight),
-            effective_sample_share(log_weight / tokens),
-            nats / sum(len(self._items[row].ids) for row in held),
-        )
-        return dict(zip(names, found, strict=True))
+        return {
+            "lag_mean": float(np.mean(self._lags())),
+            "lag_max": max(self._lags()),
+            "ess": effective_sample_share(weights),
+            "ess_per_token": effective_sample_share(weights / tokens),
+            "policy_ess": effective_sample_share(ratios),
+            "policy_ess_per_token": effective_sample_share(ratios / tokens),
+            "kl_from_sampler": nats / sum(len(self._items[row].ids) for row in held),
+        }
 
 
 def effective_sample_share(log_weight: DoubleArray) -> float:
