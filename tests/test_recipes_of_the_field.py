@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ import pytest
 from judges.build import build_judge
 from judges.interface import Score
 from pipeline import load_config, run
+from pipeline.config import Config
+from pipeline.lesson import positions_of
+from pipeline.resampling import Dial, whole_run
 from tests import recomputation, tiny
 from tests.judge_helpers import served_model
 
@@ -23,12 +27,13 @@ SMALL = [
     "tracking.tensorboard=false",
     "cluster.address=inline",
     "generator.backend=transformers",
+    "resampling.passes=1",
     "checkpoint={every: 1, keep: 99}",
 ]
 
 
 def test_every_recipe_says_what_it_is() -> None:
-    assert len(RECIPES) >= 12
+    assert len(RECIPES) >= 21
     for path in RECIPES:
         header = [line for line in path.read_text().splitlines() if line.startswith("#")]
         text = " ".join(line.removeprefix("# ") for line in header)
@@ -71,11 +76,52 @@ def test_every_gsm8k_answer_is_right_and_another_is_wrong() -> None:
     assert exact(others, answers, {}) == [0.0] * 1319
 
 
+def imitation(part: recomputation.Update) -> list[float]:
+    """sft: -log π of the chosen, a token."""
+    chosen = [part.scored[pair["position"], pair["chosen"]] for pair in part.pairs]
+    return [-side.logp / side.tokens for side in chosen]
+
+
+def losses(cfg: Config, updates: Sequence[int]) -> list[float | None]:
+    if cfg.resampling.replays:
+        return [replayed_loss(cfg, update) for update in updates]
+    return recomputation.losses(cfg, updates)
+
+
+def replayed_loss(cfg: Config, update: int) -> float:
+    """Of the prompts that the plan drew from all rounds so far, by the reference of this one."""
+    found = recomputation.Run(cfg)
+    size = cfg.sampling.prompts_per_update
+    dial = Dial(cfg.resampling, cfg.run.updates, size, cfg.run.seed)
+    plans = [plan for plan in whole_run(dial) for _ in range(plan.updates)]
+    plan = plans[update]
+    first = (update - plans.index(plan)) * size
+    batch = positions_of(plan, cfg.run.seed)[first : first + size]
+    rounds = range(plan.index + 1)
+    rows = {k: row for i in rounds for k, row in found.completions(i).items() if k[0] in batch}
+    pairs = [p for i in rounds for p in found.pairs(i) if p["position"] in batch]
+    own = {k for k in rows if k[0] >= plan.start}
+    assert bool(rows.keys() - own) == (plan.index > 0)  # earlier rounds' are among them
+    found.use(update)
+    policy = {k: sum(found.logprobs(row["prompt_ids"], row["ids"])) for k, row in rows.items()}
+    found.use(update + 1, "reference")  # as it stood in this round
+    reference = {k: sum(found.logprobs(row["prompt_ids"], row["ids"])) for k, row in rows.items()}
+    scored = {
+        k: recomputation.Scored(policy[k], reference[k], len(row["ids"]), policy[k])
+        for k, row in rows.items()
+    }
+    learned = [pair for pair in pairs if pair["fate"] == "learn"]
+    part = recomputation.Update(found, update, batch, learned, rows, scored, [])
+    values = recomputation.EXAMPLES[cfg.objective.name](part)
+    return sum(values) / len(values)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_runs_and_its_losses_are_those_of_other_code(
-    stories15m: Path, tmp_path: Path, path: Path
+    stories15m: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: Path
 ) -> None:
+    monkeypatch.setitem(recomputation.EXAMPLES, "sft", imitation)
     full = load_config(path)
     per_round = full.resampling.updates_per_round
     rounds, updates = (1, 3) if math.isinf(per_round) else (2, 2 * int(per_round))
@@ -93,7 +139,7 @@ def test_a_recipe_runs_and_its_losses_are_those_of_other_code(
     found = [r for r in records if r["kind"] == "update"]
     looked_at = sorted({0, 1, updates // 2})  # the last is the first of the second round
     assert all(found[update]["pairs"] > 0 for update in looked_at)
-    for update, loss in zip(looked_at, recomputation.losses(cfg, looked_at), strict=True):
+    for update, loss in zip(looked_at, losses(cfg, looked_at), strict=True):
         record = found[update]
         assert loss is not None
         assert math.isfinite(loss)
