@@ -4,51 +4,51 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
 from judges.errors import UserError
 from pipeline import loop
 from pipeline.brake import Brake
-from pipeline.checkpoint import Checkpoints, Cursor
+from pipeline.checkpoint import Cursor
 from pipeline.config import Config, threads_of
 from pipeline.drift import Drift
-from pipeline.evaluate import Evaluator
 from pipeline.foreign import foreign_pairs
 from pipeline.given_pairs import GivenPairs
-from pipeline.given_rounds import GivenRounds
 from pipeline.human_pages import announced, human_table_of
-from pipeline.inputs import Inputs, check_inputs, pairing_of
-from pipeline.judge_fit import evaluating_judges, selection_of
-from pipeline.judging import Judges
-from pipeline.launch.crew import Crew, CrewPlan, judges_of, plan_crew
+from pipeline.inputs import Inputs, check_inputs
+from pipeline.judge_fit import selection_of
+from pipeline.launch.crew import judges_of, plan_crew
 from pipeline.learner import RemoteLearner
 from pipeline.ledger import Ledger
 from pipeline.model_card import write_policy
+from pipeline.parts import (
+    checkpoints_of,
+    evaluator_of,
+    judges_with,
+    progress_of,
+    replicas_of,
+    rounds_of,
+    start_crew,
+)
 from pipeline.progress import Progress
-from pipeline.prompts import PromptStream
 from pipeline.replica import Replica
 from pipeline.report import Sample
-from pipeline.rollout import Rollout, RoundSource, UnitSize
 from pipeline.run_directory import (
     create_run_directory,
     read_run_config,
     refuse_existing_run,
     write_run_config,
 )
-from pipeline.selection import Selection
 from pipeline.staleness import Staleness
 from pipeline.stopping import Stop, Stopped
 from pipeline.sync import WeightSync
 from pipeline.tracking import Tracker, metrics
 from pipeline.watch import Watch
 from workers.learner.options import is_averaged
-from workers.messages import Prompt
 
 if TYPE_CHECKING:
     from judges.human.table import HumanTable
@@ -157,7 +157,7 @@ def _run(cfg: Config, inputs: Inputs, threads: dict[str, int], new: bool, quiet:
     plan = plan_crew(cfg, threads["generator"], threads["learner"])
     with ExitStack() as stack:
         stack.push(_say_how_to_resume(cfg))
-        progress = stack.enter_context(_progress(cfg, quiet))
+        progress = stack.enter_context(progress_of(cfg, quiet))
         progress.say(f"starting {len(plan.workers)} workers ({cfg.cluster.address}) …")
         stack.enter_context(announced(judges_of(cfg), cfg.run_dir, progress.say))
         crew = stack.enter_context(start_crew(cfg, plan))
@@ -184,16 +184,12 @@ def _run(cfg: Config, inputs: Inputs, threads: dict[str, int], new: bool, quiet:
         evaluations = cfg.run_dir / "evaluations"
         evaluator = evaluator_of(cfg, judges, replicas, inputs.held_out, evaluations)
         sync = WeightSync([*replicas, *judges.given_weights], inputs.probe_ids())
-        source: RoundSource
         if isinstance(inputs.prompts, GivenPairs):
-            source = GivenRounds(inputs.prompts)
             _say_of_given_pairs(cfg, inputs, inputs.prompts, replicas, learner, sync, progress)
-        else:
-            source = _rollout(cfg, replicas, judges, selection, inputs.prompts)
         stop = stack.enter_context(Stop(cfg.run_dir))
         loop.run(
             cfg,
-            rollout=source,
+            rollout=rounds_of(cfg, inputs.prompts, replicas, judges, selection),
             learner=learner,
             sync=sync,
             ledger=Ledger(cfg.run_dir / "ledger"),
@@ -232,11 +228,6 @@ def _say_of_given_pairs(
         progress.say(note)
 
 
-def checkpoints_of(cfg: Config) -> Checkpoints:
-    """The run's checkpoints."""
-    return Checkpoints(cfg.run_dir / "checkpoints", cfg.checkpoint.every, cfg.checkpoint.keep)
-
-
 def _say_how_to_resume(cfg: Config) -> Callable[..., None]:
     """On the way out of a failed run: what was written, and how to go on from it."""
 
@@ -259,112 +250,3 @@ def last_evaluations(run_dir: Path) -> list[dict[str, Any]]:
     """The newest evaluation record of each judge."""
     found = [record for record in metrics(run_dir) if record["kind"] == "evaluation"]
     return list({record["judge"]: record for record in found}.values())
-
-
-def start_crew(cfg: Config, plan: CrewPlan) -> AbstractContextManager[Crew]:
-    """The workers, as ``cluster.address`` asks."""
-    if cfg.cluster.address == "inline":
-        from pipeline.launch.inline import inline_crew
-
-        return inline_crew(plan)
-    from pipeline.launch.ray import ray_crew
-
-    return ray_crew(plan)
-
-
-def _progress(cfg: Config, quiet: bool) -> Progress:
-    return Progress(
-        name=cfg.run.name,
-        model=cfg.policy.model,
-        objective=cfg.objective.name,
-        settings=cfg.objective.settings,
-        judge=cfg.judge.title,
-        run_dir=cfg.run_dir,
-        updates=cfg.run.updates,
-        done=checkpoints_of(cfg).latest_update(),
-        console=Console(quiet=True) if quiet else None,
-    )
-
-
-def replicas_of(cfg: Config, crew: Crew, inputs: Inputs) -> list[Replica]:
-    """The generators, as they are mended when they fail."""
-    limit = cfg.generator.gap_limit(cfg.policy)
-    probe_ids = inputs.probe_ids()
-    return [Replica(i, handle, probe_ids, limit) for i, handle in enumerate(crew.generators)]
-
-
-def judges_with(cfg: Config, crew: Crew, inputs: Inputs) -> Judges:
-    """The judge workers, as they are replaced when they die or hang."""
-    limit, probe_ids = cfg.generator.gap_limit(cfg.policy), inputs.probe_ids()
-    return Judges(
-        [Replica(i, h, probe_ids, limit, kind="judge") for i, h in enumerate(crew.judges)],
-        crew.learner,
-        judges_of(cfg),
-        in_one_process=cfg.cluster.address == "inline",
-    )
-
-
-def _rollout(
-    cfg: Config,
-    replicas: Sequence[Replica],
-    judges: Judges,
-    selection: Selection,
-    prompts: PromptStream,
-) -> Rollout:
-    return Rollout(
-        prompts,
-        replicas,
-        judges,
-        selection,
-        pairing_of(cfg),
-        judge_name=cfg.judge.title,
-        second_judge=None if cfg.judge.second is None else cfg.judge.second.title,
-        reference_shares=reference_shares(cfg),
-        unit_size=unit_size(cfg, cfg.sampling.prompts_per_update),
-        max_invalid_share=cfg.judge.max_invalid_share,
-        in_flight_updates=cfg.generator.in_flight_updates,
-        rest_between_rounds=rests(cfg),
-        run_seed=cfg.run.seed,
-    )
-
-
-def unit_size(cfg: Config, fixed: int) -> UnitSize:
-    """How a round is cut into calls of the generators."""
-    if cfg.generator.backend_for(cfg.needs) == "vllm":
-        return UnitSize(replicas=cfg.generator.replicas)
-    return UnitSize(fixed)
-
-
-def rests(cfg: Config) -> bool:
-    """Whether generators give their GPU's memory back after a round, while the learner learns."""
-    waits = cfg.resampling.rounds_in_flight == 0
-    return waits and bool(cfg.generator.engine.get("enable_sleep_mode"))
-
-
-def reference_shares(cfg: Config) -> list[float]:
-    """Whose each sample of a prompt is: the second may be an opponent's (XPO, Nash-MD)."""
-    own = [0.0] * cfg.sampling.completions_per_prompt
-    opponent = cfg.needs.opponent
-    return [*own[:-1], opponent] if opponent else own
-
-
-def evaluator_of(
-    cfg: Config,
-    judges: Judges,
-    replicas: Sequence[Replica],
-    held_out: Sequence[Prompt],
-    directory: Path,
-) -> Evaluator:
-    """An evaluator by the run's training judge and the others, that writes to ``directory``."""
-    return Evaluator(
-        held_out,
-        replicas,
-        judges,
-        evaluating_judges(cfg),
-        directory,
-        every=cfg.evaluation.every,
-        updates=cfg.run.updates,
-        unit_size=unit_size(cfg, max(64, cfg.sampling.prompts_per_update)),
-        run_seed=cfg.run.seed,
-        reference_moves=cfg.reference.update != "frozen",
-    )
