@@ -79,7 +79,7 @@ VLLM = {"backend": "vllm"}
                 "objective": {"name": "pdpo", "weights": "clipped"},
                 "pairing": {"ties": "keep"},
             },
-            "generator.gap.correction=truncated: pdpo's own importance weights count the gap",
+            "generator.gap.correction=truncated: importance weights count the gap already",
         ),
     ],
 )

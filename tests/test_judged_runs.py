@@ -401,8 +401,8 @@ def test_judges_forget_what_they_answered(
     longest = []
     ask = Replica.call
 
-    def call(replica: Replica, *args: Any) -> Any:
-        found = ask(replica, *args)
+    def call(replica: Replica, *args: Any, **kwargs: Any) -> Any:
+        found = ask(replica, *args, **kwargs)
         longest.append(len(replica._journal))
         return found
 

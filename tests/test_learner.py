@@ -258,7 +258,8 @@ def test_an_update_without_pairs_counts_and_changes_nothing(tiny_model: Path, co
     known = {"pairs": 0, "tokens": 0, "lags": {}, "objective": {}, "reference_version": 0}
     known |= {"learning_rate": pytest.approx(0.05)}
     measures = "loss margin accuracy rewards_chosen rewards_rejected chosen_logps rejected_logps"
-    measures += " grad_norm lag_mean lag_max ess ess_per_token kl_from_sampler replayed"
+    measures += " grad_norm lag_mean lag_max kl_from_sampler replayed"
+    measures += " ess ess_per_token policy_ess policy_ess_per_token"
     assert timeless(record) == dict.fromkeys(measures.split()) | known
 
 
@@ -319,6 +320,9 @@ def test_record_by_hand(tiny_model: Path):
         "lag_max": 3,
         "ess": 25 / 33,
         "ess_per_token": per_token.sum() ** 2 / (3 * (per_token**2).sum()),
+        # Sampled by the plain softmax: the policies' ratio is the weight.
+        "policy_ess": 25 / 33,
+        "policy_ess_per_token": per_token.sum() ** 2 / (3 * (per_token**2).sum()),
         "kl_from_sampler": moved / 17,
         "pairs": 3,
         "tokens": 17,
