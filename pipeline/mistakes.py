@@ -68,7 +68,6 @@ _NEEDED = {
     "none_required": "null",
     "string_too_short": "non-empty",
     "string_type": "text (in quotes where it looks like a number)",
-    "too_long": "empty",  # the only limit in use is 0, for what is not built yet
 }
 
 
