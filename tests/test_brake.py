@@ -243,3 +243,9 @@ def test_an_averaged_reference_writes_no_samples_and_given_pairs_are_none() -> N
 def test_a_reset_needs_a_reference() -> None:
     (line,) = refused(DriftOptions(reset={"entropy": 1}), reference=False)
     assert line.startswith("drift.reset: no reference is kept to go back to")
+
+
+def test_null_takes_a_threshold_away() -> None:
+    """As an override of a resumed run does."""
+    options = DriftOptions(stop={"entropy": None, "kl_per_token": 1})
+    assert [measure for _, measure, _ in options.thresholds()] == ["kl_per_token"]

@@ -12,9 +12,10 @@ from torch import Tensor
 from pipeline.tracking import UPDATE_KEYS
 from tests.learner_helpers import batch_of, flat_weights, item, make_learner, with_reference
 from workers.learner.learner import Learner
+from workers.learner.objective_options import BcoOptions
 from workers.learner.options import LearnerOptions, ReferenceOptions
 from workers.learner.pairwise_options import DpoOptions, SimpoOptions
-from workers.messages import UpdateBatch
+from workers.messages import BatchLabel, UpdateBatch
 from workers.models.lora import trainable
 from workers.options import LoraOptions, PolicyOptions
 
@@ -198,3 +199,14 @@ def test_a_reference_that_is_only_watched_will_do(tiny_model: Path) -> None:
     teach(learner)
     learner.reset()
     assert torch.equal(flat_weights(learner), start)
+
+
+def test_bco_forgets_the_log_ratios_of_the_policy_that_is_no_more(tiny_model: Path) -> None:
+    learner = make_learner(tiny_model, objective=BcoOptions(), learning_rate=RATE)
+    items = [item([1, 3], [5, 7, 2]), item([1, 4], [6, 9])]
+    batch = UpdateBatch(tuple(items), (BatchLabel(0, True, "x"), BatchLabel(1, False, "y")))
+    for _ in range(3):
+        learner.update(with_reference(learner, batch))
+    assert learner._loss.state()["objective"]["mean"] != 0.0
+    learner.reset()
+    assert learner._loss.state()["objective"] == {"mean": 0.0, "count": 0.0}

@@ -203,7 +203,7 @@ class Learner:
     def reset(self) -> dict[str, Any]:
         """Put the policy back to its reference, in place of an optimizer step; version += 1.
 
-        The optimizer forgets its moments. Elastic reset (arXiv:2312.07551) where the reference is a
+        The optimizer forgets its moments, the objective what it remembers. Elastic reset (arXiv:2312.07551) where the reference is a
         moving average. Raises ValueError where there is no reference.
         """
         if self._reference is None:
@@ -211,6 +211,7 @@ class Learner:
         began = time.perf_counter()
         self._reference.give_to(self._policy)
         self._optimizer.state.clear()
+        self._loss.forget()
         batch = UpdateBatch((), ())
         measures = update_measures(batch, None, self._objective_options, self.version)
         self.version += 1

@@ -62,6 +62,7 @@ class BatchLoss:
     ) -> None:
         self._name = options.name
         self._objective = build_objective(options)
+        self._begun = self._objective.state()
         self._score_policy = score_policy
         self._reference = reference
         self._tokens_per_micro_batch = tokens_per_micro_batch
@@ -83,6 +84,10 @@ class BatchLoss:
             "objective": self._objective.state(),
             "density_ratio": self._density_ratio and self._density_ratio.state(),
         }
+
+    def forget(self) -> None:
+        """Let the objective begin again: what it remembers is of a policy that is no more."""
+        self._objective.load(self._begun)
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Take up what ``state`` gave."""
