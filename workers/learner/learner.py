@@ -203,8 +203,9 @@ class Learner:
     def reset(self) -> dict[str, Any]:
         """Put the policy back to its reference, in place of an optimizer step; version += 1.
 
-        The optimizer forgets its moments, the objective what it remembers. Elastic reset (arXiv:2312.07551) where the reference is a
-        moving average. Raises ValueError where there is no reference.
+        The optimizer forgets its moments, the objective what it remembers. Elastic reset
+        (arXiv:2312.07551) where the reference is a moving average. Raises ValueError where there is
+        no reference.
         """
         if self._reference is None:
             raise ValueError("a reset needs a reference")
