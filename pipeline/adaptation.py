@@ -23,9 +23,9 @@ class Adaptation:
     """Updates a round, set after each so that the last update's ESS comes out at the target.
 
     Normal log-weights have ESS = exp(−variance), and the variance that runs show grows with the
-    lag: about −ln ESS = c·lag (docs/resampling.md). From c the largest lag that keeps the target, and
-    from that the updates, at most twice as many as in the round before. Without options the number
-    never changes. ``ages``: a round of K updates has a largest lag of ages·K − 1.
+    lag, about as −ln ESS = c·lag (docs/resampling.md). From c the largest lag that keeps the
+    target, and from that the updates, at most twice as many as in the round before. Without options
+    the number never changes. ``ages``: a round of K updates has a largest lag of ages·K − 1.
     """
 
     def __init__(self, options: AdaptiveOptions | None, updates_per_round: int, ages: int) -> None:
