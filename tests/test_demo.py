@@ -145,10 +145,10 @@ def test_the_worlds_are_those_of_the_study_and_their_optimum_is_enumerated():
     ("index", "options"),
     [
         (0, study.OFFLINE_256_PAIRS),
-        (1, study.OFFLINE),
+        pytest.param(1, study.OFFLINE, marks=pytest.mark.slow),
         (2, study.every(256)),
-        (3, study.every(16)),
-        (4, study.every(1)),
+        pytest.param(3, study.every(16), marks=pytest.mark.slow),
+        pytest.param(4, study.every(1), marks=pytest.mark.slow),
     ],
     ids=[setting.label for setting in SETTINGS],
 )

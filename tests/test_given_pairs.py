@@ -384,6 +384,7 @@ def dialogues() -> list[tuple[str, str, str]]:
     return found
 
 
+@pytest.mark.slow
 def test_hh_rlhf_as_text() -> None:
     tokenizer = real_tokenizer("stories15m", HH)
     pairs = real_pairs(HH, tokenizer)
@@ -402,7 +403,9 @@ def test_hh_rlhf_as_text() -> None:
             assert [*ids, *completion.ids.tolist()] == together
 
 
-@pytest.mark.parametrize("data", [HH, SHAREGPT], ids=["hh-rlhf", "sharegpt"])
+@pytest.mark.parametrize(
+    "data", [pytest.param(HH, marks=pytest.mark.slow), SHAREGPT], ids=["hh-rlhf", "sharegpt"]
+)
 def test_chat(data: Path) -> None:
     tokenizer = real_tokenizer("smollm2-135m-instruct", data)
     pairs = real_pairs(data, tokenizer)

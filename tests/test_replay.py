@@ -190,7 +190,7 @@ def test_a_mixed_run_that_was_killed_resumes_as_it_was(
 
     whole = config("whole")
     job.run(whole, quiet=True)
-    for call in (4, 5, 6):
+    for call in (4, 6):
         cut = config(f"cut-{call}")
         with monkeypatch.context() as patch:
             kill_at_call(patch, RemoteLearner, "update", call)
