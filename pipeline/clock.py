@@ -48,9 +48,8 @@ class Clock:
             "learn": self._spent["learn"],
             "sync": self._spent["sync"],
         }
-        sampled = () if round_.given else round_.completions
-        tokens = sum(len(completion.ids) for completion in sampled)
+        tokens = sum(len(completion.ids) for completion in round_.completions)
         return {
             "seconds": {**seconds, "idle": max(0.0, wall - sum(seconds.values()))},
-            "tokens_per_second": tokens / wall,
+            "tokens_per_second": None if round_.given else tokens / wall,
         }
