@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,11 +55,6 @@ class Brake:
             if bound.below is not None and value < bound.below:
                 found.append(Alarm(action, measure, value, bound.below, "below"))
         return sorted(found, key=lambda alarm: -alarm.severity)
-
-
-def severest(alarms: Sequence[Alarm]) -> Action | None:
-    """The gravest action among them; None of nothing."""
-    return max(alarms, key=lambda alarm: alarm.severity).action if alarms else None
 
 
 def _value(measures: Mapping[str, Any], name: str) -> float:

@@ -31,7 +31,7 @@ class GivenRounds:
     pairs: GivenPairs
 
     def submit(self, plan: RoundPlan, learner: RemoteLearner, sync: WeightSync) -> _There:
-        """The planned round, as of the learner's version: lag counts from when it began."""
+        """The planned round, as of the learner's version: lag counts from when it was admitted."""
         groups = self.pairs.take(plan.start, plan.prompts, learner.version)
         seconds = {"generate": 0.0, "judge": 0.0}
         return _There(Round(plan.index, learner.version, tuple(groups), GIVEN, seconds, given=True))

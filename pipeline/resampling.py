@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -81,13 +81,8 @@ class Dial:
         return whole_run if math.isinf(per_round) else min(int(per_round), whole_run)
 
     def _ages(self) -> int:
-        """How many times the updates of a round its last pair is older than its first update."""
+        """The largest lag of a round of K updates is so many times K, less one."""
         return (self._options.rounds_in_flight + 1) * self._options.passes
-
-    @property
-    def updates_per_round(self) -> int:
-        """Updates that one pass over the next round feeds."""
-        return self._adaptation.updates_per_round
 
     def admit(self) -> RoundPlan | None:
         """The next round, cut to fit the run; None when those admitted feed all of it."""
@@ -98,7 +93,7 @@ class Dial:
         updates = min(self._adaptation.updates_per_round * passes, left)
         slots = math.ceil(updates / passes) * self._prompts_per_update
         index = len(self._sampled)
-        plan = replace(self._mixed(index, slots), updates=updates)
+        plan = RoundPlan(index, updates, self._start, *self._mixed(index, slots))
         self._planned += updates
         self._start += plan.prompts
         self._sampled.append((plan.start, plan.prompts))
@@ -137,18 +132,18 @@ class Dial:
         self._sampled = [(start, prompts) for start, prompts in state["sampled"]]
         self._adaptation.load(state["adaptation"])
 
-    def _mixed(self, index: int, slots: int) -> RoundPlan:
-        """Round ``index``, which learns from ``slots`` prompts, as ``replay`` mixes them."""
+    def _mixed(self, index: int, slots: int) -> tuple[int, tuple[Share, ...]]:
+        """How many prompts round ``index`` samples to learn from ``slots``, and their shares."""
         replay = self._options.replay
         if replay == ALL:
             return self._of_everything(index, slots)
         if len(replay) == 1 or not index:
-            return RoundPlan(index, 0, self._start, slots)
+            return slots, ()
         wanted = slots - _apportioned(replay, slots)[0]
         earlier = self._takes(index, replay[1 : index + 1], wanted)
         fresh = slots - sum(share.take for share in earlier)
         own = Share(index, self._start, fresh, fresh)
-        return RoundPlan(index, 0, self._start, fresh, (own, *earlier))
+        return fresh, (own, *earlier)
 
     def _takes(self, index: int, shares: Sequence[float], wanted: int) -> list[Share]:
         """Of the rounds before, newest first; where rounds are missing yet, more of the others."""
@@ -158,7 +153,7 @@ class Dial:
             found.append(Share(index - back, start, prompts, min(take, prompts)))
         return found
 
-    def _of_everything(self, index: int, slots: int) -> RoundPlan:
+    def _of_everything(self, index: int, slots: int) -> tuple[int, tuple[Share, ...]]:
         """Each prompt sampled so far, and those of this round, is as likely as any other."""
         rounds = [*self._sampled, (self._start, slots)]
         rng = np.random.default_rng(derive_seed(self._run_seed, "accumulated", index))
@@ -169,7 +164,7 @@ class Dial:
             for i, (place, take) in enumerate(zip(rounds, takes, strict=True))
         ]
         own, earlier = shares[-1], [share for share in shares[:-1] if share.take]
-        return RoundPlan(index, 0, self._start, slots, (own, *earlier) if index else ())
+        return slots, (own, *earlier) if index else ()
 
 
 def _apportioned(weights: Sequence[float], total: int) -> list[int]:

@@ -7,7 +7,7 @@ import pytest
 from pydantic import BaseModel, Field, ValidationError
 
 from judges.errors import UserError
-from pipeline.brake import Alarm, Brake, severest
+from pipeline.brake import Alarm, Brake
 from pipeline.drift_options import (
     MEASURES,
     DriftOptions,
@@ -136,9 +136,7 @@ def test_the_severest_alarm_comes_first() -> None:
     )
     alarms = of_all.tripped({"kl_to_reference": 3.5})
     assert [alarm.action for alarm in alarms] == ["reset", "resample", "warn"]
-    assert severest(alarms) == severest(alarms[::-1]) == "reset"
-    assert severest(of_all.tripped({"kl_to_reference": 5})) == "stop"
-    assert severest([]) is None
+    assert of_all.tripped({"kl_to_reference": 5})[0].action == "stop"
 
 
 def test_an_alarm_shows_a_value_next_to_its_bound() -> None:

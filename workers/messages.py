@@ -161,7 +161,7 @@ class Round:
     ``reference_version`` that of the reference which scored it, None before or without. ``seconds``
     are wall-clock by stage: the only part of a round that differs between reruns. ``judging`` says
     how the judge was asked and what came of it. ``given``: nobody sampled it, its pairs are of a
-    given set; ``version`` is then the policy's when it began to be learned from.
+    given set; ``version`` is then the learner's when the round was admitted.
     """
 
     index: int
