@@ -38,8 +38,9 @@ class Clock:
         """The round record's ``seconds`` by stage and sampled tokens a second.
 
         Nothing was sampled for given pairs: None a second. ``generate`` and ``judge`` were spent in
-        the workers, ``learn`` in the loop, ``sync`` in both, ``idle`` is what no stage explains; evaluation is not the round's. When stages overlap
-        they sum to more than the wall-clock time and ``idle`` is 0.
+        the workers, ``learn`` in the loop, ``sync`` in both, ``idle`` is what no stage explains;
+        evaluation is not the round's. When stages overlap they sum to more than the wall-clock time
+        and ``idle`` is 0.
         """
         wall = time.perf_counter() - self._began - self._spent["evaluate"]
         seconds = {
