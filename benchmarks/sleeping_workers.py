@@ -150,8 +150,8 @@ class SleepingLearner:
         self._version += 1
         return dict.fromkeys(UPDATE_KEYS)
 
-    def save(self, directory: Path) -> None:
-        (directory / "learner.pt").touch()
+    def save(self, directory: str) -> None:
+        (Path(directory) / "learner.pt").touch()
 
 
 class Stream:
@@ -162,12 +162,12 @@ class Stream:
 
 
 def run_seconds(cfg: Config, generate: float, learn: float) -> float:
-    """Wall-clock seconds of a run: ``generate`` to sample a round, ``learn`` for an update."""
-    generator = ThreadHandle(SleepingGenerator(generate))
+    """Wall-clock seconds of a run: ``generate`` to sample a unit, ``learn`` for an update."""
+    generators = [ThreadHandle(SleepingGenerator(generate)) for _ in range(cfg.generator.replicas)]
     learner = ThreadHandle(SleepingLearner(learn))
     judge = ThreadHandle(build_panel({cfg.judge.title: cfg.judge}, folder=cfg.run_dir))
     ids = np.zeros(1, np.int64)
-    replicas = [Replica(0, generator, ids, 1.0)]
+    replicas = [Replica(i, generator, ids, 1.0) for i, generator in enumerate(generators)]
     judges = Judges(
         [Replica(0, judge, ids, 1.0, kind="judge")],
         learner,

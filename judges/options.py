@@ -155,6 +155,9 @@ class JudgeOptions(AskOptions):
     )
     replicas: int = Field(default=1, ge=1, description="Judge workers, which share the limits")
     gpus: float = Field(default=0.0, ge=0.0, description="GPUs of each judge worker, or a fraction")
+    resources: dict[str, Annotated[float, Field(gt=0.0, allow_inf_nan=False)]] = Field(
+        default_factory=dict, description="Custom resources of the cluster that each worker needs"
+    )
     threads: int = Field(default=1, ge=1, description="CPU threads of each judge worker")
 
     @model_validator(mode="after")

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.durable import sync_to_disk
+from judges.errors import UserError
 from pipeline.learner import RemoteLearner
 from pipeline.resampling import RoundPlan
+from pipeline.storage import Storage
+
+CURSOR_FILE = "cursor.json"
+"""Is written last: with it, a checkpoint is whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +47,11 @@ class Cursor:
 class Checkpoints:
     """The ``checkpoints/`` directory of a run; each appears whole or not at all."""
 
-    def __init__(self, directory: Path, every: int, keep: int) -> None:
+    def __init__(
+        self, directory: Path, every: int, keep: int, storage: Storage | None = None
+    ) -> None:
+        """``storage`` keeps them; None: they last where they are."""
+        self._storage = storage or Storage(directory.parent)
         self._directory = directory
         self._every = every
         self._keep = keep
@@ -57,24 +63,19 @@ class Checkpoints:
     def save(self, learner: RemoteLearner, cursor: Cursor) -> Path:
         """Write a checkpoint at the cursor, then remove the oldest beyond ``keep``."""
         final = self._directory / f"update-{cursor.update:06d}"
-        if final.exists():
+        if final in self.all():
             return final
-        partial = self._directory / f".partial-{final.name}"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        learner.save(partial)
-        (partial / "cursor.json").write_text(cursor.to_json())
-        for path in (*partial.iterdir(), partial):
-            sync_to_disk(path)
-        os.replace(partial, final)
-        sync_to_disk(self._directory)
+        with self._storage.appearing(final, CURSOR_FILE) as (here, at_the_learner):
+            learner.save(at_the_learner)
+            (here / CURSOR_FILE).write_text(cursor.to_json())
         for old in self.all()[: -self._keep]:
-            shutil.rmtree(old)
+            self._storage.forget(old, CURSOR_FILE)
         return final
 
     def all(self) -> list[Path]:
         """Whole checkpoints, oldest first."""
-        return sorted(self._directory.glob("update-*"), key=_update_of)
+        found = self._storage.whole(self._directory, CURSOR_FILE)
+        return sorted((path for path in found if path.match("update-*")), key=_update_of)
 
     def latest_update(self) -> int:
         """Updates applied in the newest checkpoint; 0 where there is none."""
@@ -86,9 +87,11 @@ class Checkpoints:
         found = self.all()
         if not found:
             return Cursor()
-        cursor = Cursor.from_json((found[-1] / "cursor.json").read_text())
-        learner.load(found[-1])
-        return cursor
+        text = self._storage.read(found[-1] / CURSOR_FILE)
+        if text is None:
+            raise UserError(f"{found[-1]}: has no {CURSOR_FILE}: remove this checkpoint")
+        learner.load(self._storage.seen_as(found[-1]))
+        return Cursor.from_json(text)
 
 
 def _update_of(path: Path) -> int:

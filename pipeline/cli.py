@@ -12,6 +12,8 @@ from rich.console import Console
 
 from judges.budget import BudgetSpent
 from judges.errors import UserError
+from pipeline.cli_cluster import Address, Detach, RuntimeEnv, Variables, cluster, send
+from pipeline.cli_plan import plans
 from pipeline.cli_tools import (
     EXIT_FAILURE,
     EXIT_MISTAKE,
@@ -22,6 +24,7 @@ from pipeline.cli_tools import (
     tools,
 )
 from pipeline.handles import WorkerDied
+from workers.places import StorageFailed
 from workers.verdicts import JudgeFailed
 from workers.weight_sync.buckets import SyncError
 
@@ -39,6 +42,8 @@ app = typer.Typer(
 )
 
 app.add_typer(tools)
+app.add_typer(plans)
+app.add_typer(cluster)
 
 
 @app.command(
@@ -70,8 +75,23 @@ def resume(
             help="What stopped it: judge.budget.…, drift.stop.… (or warn)",
         ),
     ] = None,
+    address: Address = None,
+    detach: Detach = False,
+    env: Variables = None,
+    runtime_env: RuntimeEnv = None,
 ) -> None:
-    """Go on with a run that was stopped or killed, as if nothing had happened."""
+    """Go on with a run that was stopped or killed, as if nothing had happened.
+
+    With --address as a job on a cluster, where RUN_DIR is a path or a URL that its nodes see.
+    """
+    if address is not None:
+        from pipeline.submission import pack_resume
+
+        send(
+            lambda folder: pack_resume(str(run_dir), overrides or [], folder),
+            *(address, detach, env, runtime_env),
+        )
+        return
     from pipeline.run_directory import read_run_config
 
     cfg, _ = read_run_config(run_dir)
@@ -128,8 +148,8 @@ def sft(
     if cfg.prompts.pairs is None:
         raise UserError("prompts.pairs: not set: sft learns from the chosen side of given pairs")
     if not any(override.startswith(("run.name=", "run.dir=")) for override in overrides or []):
-        beside = cfg.run_dir.with_name(f"{cfg.run_dir.name}-sft")
-        cfg = cfg.model_copy(update={"run": cfg.run.model_copy(update={"dir": str(beside)})})
+        beside = {"dir": f"{cfg.run_place}-sft"}
+        cfg = cfg.model_copy(update={"run": cfg.run.model_copy(update=beside)})
     one_process_environment(cfg.cluster.address)
     from pipeline import job
 
@@ -151,7 +171,7 @@ def sweep(
         ),
     ],
     directory: Annotated[
-        Path | None,
+        str | None,
         typer.Option("--dir", help="Where the runs go; else the config's run directory + -sweep."),
     ] = None,
 ) -> None:
@@ -181,7 +201,7 @@ def sweep(
 def _show(result: RunResult) -> None:
     from pipeline.report import final_table
 
-    report = final_table(result.evaluations, result.samples, result.run_dir)
+    report = final_table(result.evaluations, result.samples, result.place)
     Console().print(report, crop=False)
     if result.human is not None:
         from pipeline.report import human_report
@@ -199,13 +219,13 @@ def main() -> None:
         complain(_with_notes(mistake))
         sys.exit(EXIT_MISTAKE)
     except Stopped as stopped:
-        command = f"freshpairs resume {stopped.run_dir} {stopped.changed}".rstrip()
+        command = f"freshpairs resume {stopped.place} {stopped.changed}".rstrip()
         typer.echo(f"{stopped}: go on with `{command}`", err=True)
         sys.exit(EXIT_STOPPED)
     except BudgetSpent as spent:
         complain(f"stopped ({spent}): what was answered is kept; raise it, and run this again")
         sys.exit(EXIT_STOPPED)
-    except (JudgeFailed, SyncError, WorkerDied, FloatingPointError) as failure:
+    except (JudgeFailed, SyncError, WorkerDied, StorageFailed, FloatingPointError) as failure:
         complain(f"the run failed: {_with_notes(failure)}")
         sys.exit(EXIT_FAILURE)
 

@@ -1,14 +1,17 @@
-"""Commands beside a run's own: label, export, compare, fetch, explain, demo, doctor."""
+"""Commands beside a run's own: label, export, push, compare, fetch, explain, demo, doctor."""
 
 from __future__ import annotations
 
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+
+from judges.errors import UserError
 
 EXIT_FAILURE, EXIT_MISTAKE, EXIT_STOPPED = 1, 2, 3
 
@@ -21,7 +24,9 @@ demo = typer.Typer(
 )
 tools.add_typer(demo, name="demo")
 
-RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run directory, e.g. runs/x.")]
+RunDir = Annotated[
+    str, typer.Argument(metavar="RUN_DIR", help="A run directory, e.g. runs/x, or s3://BUCKET/x.")
+]
 
 
 @tools.command(
@@ -69,14 +74,52 @@ def export(
 ) -> None:
     """Write the pairs a run learned from as a preference data set (prompt, chosen, rejected)."""
     from pipeline.export import export_pairs
+    from pipeline.storage import PAIRS, run_here
 
-    typer.echo(export_pairs(run_dir, out).told(out))
+    with run_here(run_dir, PAIRS) as run:
+        typer.echo(export_pairs(run, out).told(out))
+
+
+@tools.command(epilog="Example: `freshpairs push runs/quickstart --repo me/quickstart`")
+def push(
+    run_dir: RunDir,
+    repo: Annotated[
+        str | None,
+        typer.Option("--repo", metavar="OWNER/NAME", help="The model's; else YOU/NAME of the run."),
+    ] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option("--dataset", metavar="OWNER/NAME", help="The pairs'; else REPO-pairs."),
+    ] = None,
+    pairs: Annotated[bool, typer.Option("--pairs/--no-pairs", help="Also push the pairs.")] = True,
+    private: Annotated[
+        bool, typer.Option("--private/--public", help="Who may see new repositories.")
+    ] = True,
+    force: Annotated[
+        bool, typer.Option("--force", help="Also where another program's repository is.")
+    ] = False,
+) -> None:
+    """Publish a finished run's policy, card and pairs on the Hugging Face hub (HF_ENDPOINT's)."""
+    from pipeline.push import PushError, push
+    from pipeline.storage import PAIRS, POLICY, run_here
+
+    if dataset is not None and not pairs:
+        raise UserError(f"--dataset={dataset}, --no-pairs: give one of them")
+    try:
+        with run_here(run_dir, [*PAIRS, POLICY]) as run:
+            links = push(run, repo, dataset, pairs=pairs, private=private, force=force)
+    except PushError as error:
+        complain("\n".join([str(error), *getattr(error, "__notes__", [])]))
+        raise typer.Exit(EXIT_FAILURE) from None
+    for link in links:
+        typer.echo(link)
 
 
 @tools.command(epilog="Example: `freshpairs compare runs/a runs/b --out compared.png`")
 def compare(
     runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN…", help="Run directories, or a sweep's.")
+        list[str],
+        typer.Argument(metavar="RUN…", help="Run directories, or a sweep's; paths or URLs."),
     ],
     out: Annotated[
         Path | None, typer.Option("--out", help="Also draw: a .png, .svg or .pdf file.")
@@ -133,7 +176,7 @@ def explain(
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="Its hyper-parameters.")
     ] = None,
     run: Annotated[
-        Path | None, typer.Option("--run", help="A run directory, to draw its policy's path.")
+        str | None, typer.Option("--run", help="A run directory, to draw its policy's path.")
     ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="File to write: .png, .svg or .pdf.")
@@ -141,9 +184,11 @@ def explain(
 ) -> None:
     """Draw an objective: its loss, where its gradient pulls, and the path that a run took."""
     from pipeline import explain
+    from pipeline.storage import RECORDS, run_here
 
-    for line in explain.explain(objective, settings or [], run, out):
-        typer.echo(line)
+    with nullcontext() if run is None else run_here(run, RECORDS) as here:
+        for line in explain.explain(objective, settings or [], here, out):
+            typer.echo(line)
 
 
 @tools.command(epilog="Example: `freshpairs doctor`")

@@ -8,6 +8,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -17,7 +18,9 @@ from rich.console import RenderableType
 from judges.errors import UserError
 from pipeline.config_difference import OWN_KEYS, differences, flat, short_keys, value_text
 from pipeline.run_directory import CONFIG_FILE, read_run_config
+from pipeline.storage import RECORDS, run_here
 from pipeline.tracking import METRICS_FILE, Record, metrics
+from workers.places import is_url
 
 SEED = "run.seed"
 SAID = ("win", "tie", "loss", "invalid", "win_rate", "quality", "quality_baseline")
@@ -31,7 +34,10 @@ Measures: TypeAlias = Mapping[str, float | None]
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What a run directory holds: its config by dotted key, and its records of each kind."""
+    """What a run directory holds: its config by dotted key, and its records of each kind.
+
+    ``url``: where it lasts, if ``directory`` is a copy of that.
+    """
 
     directory: Path
     config: Mapping[str, Any]
@@ -40,6 +46,7 @@ class Run:
     rounds: Sequence[Record]
     evaluations: Sequence[Record]
     measures: Measures
+    url: str | None = None
 
     @property
     def seed(self) -> int:
@@ -98,14 +105,14 @@ class SideBySide:
 
 
 def compare(
-    directories: Sequence[Path], out: Path | None = None, as_json: Path | None = None
+    directories: Sequence[str | Path], out: Path | None = None, as_json: Path | None = None
 ) -> RenderableType:
     """The table of these runs, finished or not, for a terminal.
 
-    A directory of runs, such as a sweep's, stands for all of them; those without metrics yet are
-    left out and told. ``out`` is drawn (.png, .svg or .pdf), ``as_json`` written. Raises UserError
-    for a directory that is no run and a file that cannot be written or exists, before anything is
-    written.
+    A directory (a path or a URL) of runs, such as a sweep's, stands for all of them; those without
+    metrics yet are left out and told. ``out`` is drawn (.png, .svg or .pdf), ``as_json`` written.
+    Raises UserError for a directory that is no run and a file that cannot be written or exists,
+    before anything is written.
     """
     if out is not None:
         _check_free("--out", out)
@@ -113,8 +120,15 @@ def compare(
             raise UserError(f"--out {out}: ends in none of {', '.join(SUFFIXES)}; choose one")
     if as_json is not None:
         _check_free("--json", as_json)
-    runs, left_out = run_directories(directories)
-    found = replace(side_by_side([read_run(path) for path in runs]), left_out=left_out)
+    with ExitStack() as stack:
+        here = {
+            stack.enter_context(run_here(place, RECORDS)): place
+            for place in dict.fromkeys(map(str, directories))
+        }
+        paths, left_out = run_directories(list(here))
+        runs = [replace(read_run(path), url=_url(path, here)) for path in paths]
+    once = {run.url or run.directory: run for run in runs}
+    found = replace(side_by_side(list(once.values())), left_out=left_out)
     from pipeline.compare_table import table
 
     if out is not None:
@@ -125,6 +139,14 @@ def compare(
     if as_json is not None:
         as_json.write_text(json.dumps(as_mapping(found), indent=1, allow_nan=False) + "\n")
     return table(found)
+
+
+def _url(run: Path, copies: Mapping[Path, str]) -> str | None:
+    """Where the run lasts, if it is in one of these copies of a place in object storage."""
+    for copy, place in copies.items():
+        if is_url(place) and run.is_relative_to(copy):
+            return "/".join((place.rstrip("/"), *run.relative_to(copy).parts))
+    return None
 
 
 def run_directories(directories: Sequence[Path]) -> tuple[list[Path], list[Path]]:
@@ -233,7 +255,7 @@ def _group_mapping(group: Group, differing: Sequence[str]) -> dict[str, Any]:
 
 def _run_mapping(run: Run, group: Group) -> dict[str, Any]:
     return {
-        "run": str(run.directory),
+        "run": run.url or str(run.directory),
         "group": group.letter,
         "seed": run.seed,
         "finished": run.finished,

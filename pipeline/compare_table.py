@@ -155,7 +155,7 @@ def _legend(found: SideBySide) -> Iterator[Text]:
         for number, run in enumerate(group.runs):
             letter = group.letter if number == 0 else ""
             line = Text(f"{letter:<3}", style="bold", no_wrap=True, overflow="ignore")
-            line.append(visible(_near(run.directory)), style="not bold")
+            line.append(visible(run.url or _near(run.directory)), style="not bold")
             if not run.finished:
                 line.append(f"  {_unfinished(run)}", style="not bold yellow")
             yield line

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from judges.errors import UserError
 from judges.options import JudgeOptions, OtherJudge
@@ -24,8 +24,10 @@ from pipeline.generator_fit import Generation
 from pipeline.judge_fit import check_judge
 from pipeline.mistakes import explain
 from pipeline.pairing import PairingOptions
+from pipeline.placement import check_asks
 from pipeline.prompts import PromptOptions
 from pipeline.resampling_options import ResamplingOptions
+from pipeline.storage import working_copy
 from pipeline.tracking import TrackingOptions
 from pipeline.training_prompts import TrainingPrompts
 from workers.generator import GeneratorOptions, SamplingOptions
@@ -34,6 +36,7 @@ from workers.learner.objective_options import ObjectiveOptions, OwnOptions
 from workers.learner.options import LearnerOptions, ReferenceOptions
 from workers.learner.pairwise_options import DpoOptions
 from workers.options import PolicyOptions
+from workers.places import is_url, normalised
 
 
 class _Section(BaseModel):
@@ -44,9 +47,21 @@ class RunOptions(_Section):
     """What this run is called, how long it is, and the seed all its randomness derives from."""
 
     name: str = Field(default="run", min_length=1, description="Name of the run")
-    dir: str | None = Field(default=None, description="Run directory; null = runs/NAME")
+    dir: str | None = Field(
+        default=None,
+        description="Run directory: a path that every node sees, or object storage "
+        "(s3://BUCKET/NAME, gs://BUCKET/NAME); null = runs/NAME",
+    )
     seed: int = Field(default=0, description="Seed that every other seed is derived from")
     updates: int = Field(default=100, ge=1, description="Optimizer steps")
+
+    @field_validator("dir")
+    @classmethod
+    def _as_written(cls, directory: str | None) -> str | None:
+        try:
+            return None if directory is None else normalised(directory)
+        except UserError as mistake:
+            raise UserError(f"run.dir={mistake}") from None
 
 
 class EvaluationPrompts(PromptOptions):
@@ -81,9 +96,30 @@ class CheckpointOptions(_Section):
 class ClusterOptions(_Section):
     """Where the workers run."""
 
-    address: Literal["local", "inline"] = Field(
-        default="local", description="local = Ray on this machine; inline = one process, no Ray"
+    address: str = Field(
+        default="local",
+        description="local = Ray on this machine; auto = the Ray cluster that this machine is part "
+        "of; ray://HOST:10001 = one that it is not; inline = one process, no Ray",
     )
+    placement: Literal["apart", "colocated"] = Field(
+        default="apart",
+        description="apart = workers share a GPU only by fractions of it, learner packed on few "
+        "nodes, generators spread over many; colocated = the first generators share the "
+        "learner's GPUs, one each",
+    )
+    wait_minutes: float = Field(
+        default=0.0,
+        ge=0.0,
+        allow_inf_nan=False,
+        description="How long to wait for nodes that the cluster has not got yet; 0 = fail at once",
+    )
+
+    @field_validator("address")
+    @classmethod
+    def _known(cls, address: str) -> str:
+        if address not in ("local", "auto", "inline") and not address.startswith("ray://"):
+            raise ValueError("must be local, auto, inline or ray://HOST:PORT")
+        return address
 
 
 class Config(_Section):
@@ -143,6 +179,7 @@ class Config(_Section):
         )
         generation.check(self.needs)
         check_judge(self)
+        check_asks(self)
 
     @property
     def needs(self) -> Needs:
@@ -150,9 +187,15 @@ class Config(_Section):
         return self.resampling.weights.widen(self.objective.needs)
 
     @property
+    def run_place(self) -> str:
+        """Where the run directory lasts: a path, as given or runs/NAME, or a URL."""
+        return self.run.dir or str(Path("runs") / self.run.name)
+
+    @property
     def run_dir(self) -> Path:
-        """The run directory, as given or runs/NAME."""
-        return Path(self.run.dir or Path("runs") / self.run.name)
+        """The run directory here: ``run_place``, or the working copy of object storage."""
+        place = self.run_place
+        return working_copy(place) if is_url(place) else Path(place)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -162,11 +205,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     become absolute. Raises UserError: one line for each mistake.
     """
     path = Path(path)
+    return parse_config(read_config(path, overrides), base=path.parent, where=str(path))
+
+
+def read_config(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """A config file's sections with the overrides in them, unchecked. Raises UserError."""
     raw = read_yaml(path)
     if raw.pop("environment", None) is not None:  # a run's own record: the new run goes elsewhere
         raw.get("run", {}).pop("dir", None)
     apply_overrides(raw, overrides)
-    return parse_config(raw, base=path.parent, where=str(path))
+    return raw
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -184,12 +232,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def parse_config(raw: Mapping[str, Any], base: Path, where: str = "config") -> Config:
     """Validate a config given as a mapping; relative files are looked up in ``base`` first."""
+    return absolute(check_config(raw, where), base)
+
+
+def check_config(raw: Mapping[str, Any], where: str) -> Config:
+    """The config with its files as they are written. Raises UserError: a line for each mistake."""
     try:
-        config = Config.model_validate(raw)
+        return Config.model_validate(raw)
     except ValidationError as error:
         lines = (f"{where}: {line}" for line in explain(Config, error.errors()))
         raise UserError("\n".join(lines)) from None
-    return absolute(config, base)
 
 
 class _Loader(yaml.SafeLoader):

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from judges.errors import UserError
 
 TENSORBOARD_DIR = "tensorboard"
+WANDB_ID = "wandb/id"
 
 Record: TypeAlias = Mapping[str, Any]
 
@@ -82,7 +83,7 @@ class Wandb:
 
     def __init__(self, run_dir: Path, options: WandbOptions) -> None:
         wandb = wandb_module()
-        id_file = run_dir / "wandb" / "id"
+        id_file = run_dir / WANDB_ID
         if not id_file.exists():
             id_file.parent.mkdir(exist_ok=True)
             id_file.write_text(uuid.uuid4().hex)

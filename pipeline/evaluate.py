@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -31,6 +30,7 @@ from pipeline.learner import RemoteLearner
 from pipeline.replica import Replica
 from pipeline.report import Sample
 from pipeline.rollout import UnitSize, submit_units, work_units
+from pipeline.storage import Storage
 from pipeline.sync import WeightSync
 from workers.generator import SampledUnit
 from workers.judge_worker import prompt_text
@@ -58,7 +58,10 @@ class Evaluator:
         unit_size: UnitSize,
         run_seed: int,
         reference_moves: bool = False,
+        storage: Storage | None = None,
     ) -> None:
+        """``storage`` keeps the evaluations; None: they last where they are."""
+        self._storage = storage or Storage(directory.parent)
         self._prompts = tuple(prompts)
         self._replicas = replicas
         self._judges = judges
@@ -191,7 +194,7 @@ class Evaluator:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
         pq.write_table(pa.table(columns), partial)
-        os.replace(partial, path)
+        self._storage.replace(partial, path)
 
 
 def invalid_reason(judgements: Sequence[Judgement]) -> dict[str, str]:

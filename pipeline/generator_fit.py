@@ -36,6 +36,7 @@ class Generation:
             self._check_transformers()
         self._check_engine()
         self._check_in_flight_updates()
+        self._check_min_replicas()
         self._check_transport()
         gap = self.generator.gap
         if gap.weight_clip is not None and gap.correct_above is None:
@@ -95,6 +96,21 @@ class Generation:
                 f"generator.in_flight_updates=true: with {where} no round is being sampled when "
                 "weights are pushed: set resampling.rounds_in_flight to 1 or more on Ray, or leave "
                 "it out"
+            )
+
+    def _check_min_replicas(self) -> None:
+        fewest, replicas = self.generator.min_replicas, self.generator.replicas
+        if fewest is None:
+            return
+        if fewest > replicas:
+            raise UserError(
+                f"generator.min_replicas={fewest}: more than generator.replicas={replicas}, the "
+                "most there will be: lower it, or raise generator.replicas"
+            )
+        if self.generator.in_flight_updates:
+            raise UserError(
+                f"generator.min_replicas={fewest}: what a lost generator owed is sampled anew by "
+                "another, which in_flight_updates gives newer weights meanwhile: leave one out"
             )
 
     def _check_transport(self) -> None:

@@ -29,3 +29,11 @@ class Handle(Protocol):
     def restart(self) -> None:
         """Put a new worker in the place of this one, built alike; its calls under way are lost."""
         ...
+
+    def begin_anew(self) -> None:
+        """As ``restart``, without waiting until it is built."""
+        ...
+
+    def here(self) -> bool:
+        """Whether the worker is built; what its building raised is raised here."""
+        ...

@@ -28,7 +28,7 @@ def announced(
 
     ``folder`` is the run's directory, where such a page's queue and address are.
     """
-    people = [found for judge in judges.values() for found in _people(judge)]
+    people = [found for judge in judges.values() for found in people_of(judge)]
     waiting = {_store(judge, folder) for judge in people}
     over = threading.Event()
 
@@ -66,7 +66,7 @@ def human_table_of(
     return None
 
 
-def _people(judge: AskOptions) -> Iterator[AskOptions]:
+def people_of(judge: AskOptions) -> Iterator[AskOptions]:
     """The judge, and its members, as far as they are people."""
     if judge.name == HUMAN:
         yield judge
@@ -75,7 +75,7 @@ def _people(judge: AskOptions) -> Iterator[AskOptions]:
         named = {"name": member} if isinstance(member, str) else member
         if isinstance(named, Mapping):
             known = {n: v for n, v in named.items() if n in ("name", "args", "alias")}
-            yield from _people(AskOptions.model_validate(known))
+            yield from people_of(AskOptions.model_validate(known))
 
 
 def _store(judge: AskOptions, folder: Path) -> Path:

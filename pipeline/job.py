@@ -21,10 +21,10 @@ from pipeline.given_pairs import GivenPairs
 from pipeline.human_pages import announced, human_table_of
 from pipeline.inputs import Inputs, check_inputs
 from pipeline.judge_fit import selection_of
-from pipeline.launch.crew import judges_of, plan_crew
+from pipeline.launch.crew import judges_of, plan_crew, unwritten_logs
 from pipeline.learner import RemoteLearner
 from pipeline.ledger import Ledger
-from pipeline.model_card import write_policy
+from pipeline.model_card import has_policy, write_policy
 from pipeline.parts import (
     checkpoints_of,
     evaluator_of,
@@ -38,6 +38,7 @@ from pipeline.progress import Progress
 from pipeline.replica import Replica
 from pipeline.report import Sample
 from pipeline.run_directory import (
+    CONFIG_FILE,
     create_run_directory,
     read_run_config,
     refuse_existing_run,
@@ -45,6 +46,7 @@ from pipeline.run_directory import (
 )
 from pipeline.staleness import Staleness
 from pipeline.stopping import Stop, Stopped
+from pipeline.storage import storage_of
 from pipeline.sync import WeightSync
 from pipeline.tracking import Tracker, metrics
 from pipeline.watch import Watch
@@ -63,10 +65,12 @@ MAY_CHANGE = ("judge.budget", "drift.stop", "drift.warn")
 class RunResult:
     """A finished run: its directory, the last evaluation's record of each judge, some samples.
 
+    ``run_dir`` is the directory here and ``place`` where it lasts: the same path, or a URL.
     ``human``: what people said of that evaluation's pairs, where they were asked.
     """
 
     run_dir: Path
+    place: str
     evaluations: list[dict[str, Any]]
     samples: list[Sample]
     human: HumanTable | None = None
@@ -78,9 +82,10 @@ def run(cfg: Config, *, quiet: bool = False) -> RunResult:
     Raises UserError for the user's mistakes before anything is written, Stopped when it was asked
     to stop (``resume`` goes on from there).
     """
-    refuse_existing_run(cfg.run_dir)
+    refuse_existing_run(cfg.run_place)
     inputs = check_inputs(cfg)
     cfg = settled(cfg)
+    storage_of(cfg).prepare()
     generator, learner = threads_of(cfg, cores())
     return _run(cfg, inputs, {"generator": generator, "learner": learner}, True, quiet)
 
@@ -105,10 +110,11 @@ def resume(run_dir: str | Path, overrides: Sequence[str] = (), *, quiet: bool = 
                 f"{override}: a run goes on as it began; only judge.budget, drift.stop and "
                 "drift.warn may change: start another run for anything else"
             )
-    cfg, recorded = read_run_config(Path(run_dir), overrides)
+    cfg, recorded = read_run_config(run_dir, overrides)
+    storage_of(cfg).fetch()
     if overrides:
         write_run_config(cfg, recorded)
-    if (cfg.run_dir / "policy").is_dir():
+    if has_policy(cfg):
         raise UserError(f"{run_dir}: this run is finished; its policy is in {run_dir}/policy")
     return _run(cfg, check_inputs(cfg), recorded["threads"], False, quiet)
 
@@ -119,16 +125,17 @@ def evaluate(cfg: Config, *, say: Callable[[str], object] = print) -> RunResult:
     ``say`` is told where people who judge find their page. Raises UserError if the run has no
     policy yet or its config no held-out prompts.
     """
-    policy = cfg.run_dir / "policy"
-    if not policy.is_dir():
-        raise UserError(f"{cfg.run_dir}: no policy yet; `freshpairs resume {cfg.run_dir}` first")
+    run = cfg.run_place
+    policy = storage_of(cfg).seen_as(cfg.run_dir / "policy")
+    if not has_policy(cfg):
+        raise UserError(f"{run}: no policy yet; `freshpairs resume {run}` first")
     if cfg.evaluation.prompts is None:
         raise UserError("evaluation.prompts=null: name the held-out prompts to evaluate on")
     inputs = check_inputs(cfg)
     generator, learner_threads = threads_of(cfg, cores())
-    with start_crew(cfg, plan_crew(cfg, generator, learner_threads)) as crew:
+    with start_crew(cfg, plan_crew(cfg, generator, learner_threads), say) as crew:
         learner = RemoteLearner(crew.learner)
-        replicas = replicas_of(cfg, crew, inputs)
+        replicas = replicas_of(cfg, crew, inputs, say)
         judges = judges_with(cfg, crew, inputs)
         judges.check(inputs.held_out[:1])
         sync = WeightSync([*replicas, *judges.given_weights], inputs.probe_ids())
@@ -136,7 +143,7 @@ def evaluate(cfg: Config, *, say: Callable[[str], object] = print) -> RunResult:
         evaluator = evaluator_of(cfg, judges, replicas, inputs.held_out, directory)
         sync.push(learner)
         evaluator.baseline(learner, sync)
-        learner.adopt(cfg.policy.model_copy(update={"model": str(policy)}), cfg.run.updates)
+        learner.adopt(cfg.policy.model_copy(update={"model": policy}), cfg.run.updates)
         sync.push(learner)
         with announced(judges_of(cfg), cfg.run_dir, say):
             records = evaluator.evaluate(learner, sync)
@@ -145,7 +152,7 @@ def evaluate(cfg: Config, *, say: Callable[[str], object] = print) -> RunResult:
         records = [record | nothing for record in records]
     samples = evaluator.samples(cfg.run.updates, SAMPLES_SHOWN)
     people = human_table_of(judges_of(cfg), cfg.run_dir, evaluator.compared)
-    return RunResult(cfg.run_dir, records, samples, people)
+    return RunResult(cfg.run_dir, run, records, samples, people)
 
 
 def cores() -> int:
@@ -160,19 +167,22 @@ def _run(cfg: Config, inputs: Inputs, threads: dict[str, int], new: bool, quiet:
         progress = stack.enter_context(progress_of(cfg, quiet))
         progress.say(f"starting {len(plan.workers)} workers ({cfg.cluster.address}) …")
         stack.enter_context(announced(judges_of(cfg), cfg.run_dir, progress.say))
-        crew = stack.enter_context(start_crew(cfg, plan))
+        crew = stack.enter_context(start_crew(cfg, plan, progress.say))
         judges = judges_with(cfg, crew, inputs)
         sampled = [] if cfg.prompts.pairs else inputs.first_prompts()
         compares = judges.check(sampled + inputs.held_out[:1])
         selection = selection_of(cfg, compares, len(inputs.held_out), crew.learner)
+        learner, storage = RemoteLearner(crew.learner), storage_of(cfg)
+        storage.check_seen_by(learner)
         if new:
             create_run_directory(cfg, threads)
-        learner = RemoteLearner(crew.learner)
         for note in learner.notes():
             progress.say(note)
 
         drift = Drift(is_averaged(cfg.reference), inputs.probes)
-        tracker = Tracker(cfg.run_dir, cfg.tracking, [progress])
+        replicas = replicas_of(cfg, crew, inputs, progress.say)
+        listeners = [progress, *crew.listeners(replicas)]
+        tracker = Tracker(cfg.run_dir, cfg.tracking, listeners, storage)
         stack.callback(tracker.close)
         checkpoints = checkpoints_of(cfg)
         cursor = checkpoints.restore(learner)
@@ -180,19 +190,18 @@ def _run(cfg: Config, inputs: Inputs, threads: dict[str, int], new: bool, quiet:
         _go_back(cursor, drift, watch, tracker)
         if cursor.update:
             progress.say(f"resumed after update {cursor.update}")
-        replicas = replicas_of(cfg, crew, inputs)
         evaluations = cfg.run_dir / "evaluations"
         evaluator = evaluator_of(cfg, judges, replicas, inputs.held_out, evaluations)
         sync = WeightSync([*replicas, *judges.given_weights], inputs.probe_ids())
         if isinstance(inputs.prompts, GivenPairs):
             _say_of_given_pairs(cfg, inputs, inputs.prompts, replicas, learner, sync, progress)
-        stop = stack.enter_context(Stop(cfg.run_dir))
+        stop = stack.enter_context(Stop(cfg.run_place))
         loop.run(
             cfg,
             rollout=rounds_of(cfg, inputs.prompts, replicas, judges, selection),
             learner=learner,
             sync=sync,
-            ledger=Ledger(cfg.run_dir / "ledger"),
+            ledger=Ledger(cfg.run_dir / "ledger", storage),
             drift=drift,
             watch=watch,
             tracker=tracker,
@@ -202,9 +211,12 @@ def _run(cfg: Config, inputs: Inputs, threads: dict[str, int], new: bool, quiet:
             cursor=cursor,
         )
         write_policy(cfg, learner, inputs.tokenizer)
+        for note in unwritten_logs(plan):
+            progress.say(note)
     samples = evaluator.samples(cfg.run.updates, SAMPLES_SHOWN)
     people = human_table_of(judges_of(cfg), cfg.run_dir, evaluator.compared)
-    return RunResult(cfg.run_dir, last_evaluations(cfg.run_dir), samples, people)
+    records = last_evaluations(cfg.run_dir)
+    return RunResult(cfg.run_dir, cfg.run_place, records, samples, people)
 
 
 def _say_of_given_pairs(
@@ -233,8 +245,9 @@ def _say_how_to_resume(cfg: Config) -> Callable[..., None]:
 
     def exit_(kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         expected = isinstance(error, UserError | Stopped) or not isinstance(error, Exception)
-        if error is not None and not expected and cfg.run_dir.is_dir():
-            error.add_note(f"nothing is lost: `freshpairs resume {cfg.run_dir}` goes on from here")
+        if error is not None and not expected and (cfg.run_dir / CONFIG_FILE).is_file():
+            run = cfg.run_place
+            error.add_note(f"nothing is lost: `freshpairs resume {run}` goes on from here")
 
     return exit_
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from judges.errors import UserError
 from judges.options import JudgeOptions
 from pipeline.config import apply_overrides, read_yaml
-from pipeline.config_files import judge_files
+from pipeline.config_files import absolute_from, judge_files
 from pipeline.mistakes import explain
 
 
@@ -38,4 +38,4 @@ def read_judge(spec: str, overrides: Sequence[str] = ()) -> JudgeOptions:
     except ValidationError as error:
         lines = explain(_JudgeSection, error.errors())
         raise UserError("\n".join(f"{where}{line}" for line in lines)) from None
-    return judge.model_copy(update=judge_files(judge, base, "judge"))
+    return judge.model_copy(update=judge_files(judge, absolute_from(base), "judge"))

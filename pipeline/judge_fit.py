@@ -10,10 +10,12 @@ from judges.errors import UserError
 from judges.model_clients import PolicyClientOptions
 from judges.options import AskOptions, is_implicit
 from pipeline.handles import Handle
+from pipeline.human_pages import people_of
 from pipeline.resampling import Dial, whole_run
 from pipeline.resampling_options import EarlyOptions
 from pipeline.selection import Selection
 from workers.learner.objective_options import PdpoOptions
+from workers.places import is_url
 
 if TYPE_CHECKING:
     from pipeline.config import Config
@@ -29,6 +31,7 @@ def check_judge(cfg: Config) -> None:
         )
     _check_titles(cfg)
     _check_implicit(cfg)
+    _check_human(cfg)
     has_reference = cfg.objective.needs.reference or cfg.drift.reference
     by_margin = judge.select == "uncertainty" and not judge.select_by
     implicit = any(is_implicit(asked) for asked in (judge, *cfg.evaluation.judges))
@@ -91,6 +94,17 @@ def _check_implicit(cfg: Config) -> None:
                     f"judge.{name}: the policy in training is asked by the learner, without it: "
                     "leave it out"
                 )
+
+
+def _check_human(cfg: Config) -> None:
+    """What people said must last: object storage holds no SQLite file."""
+    beside = [*cfg.judge.select_by, *([] if cfg.judge.second is None else [cfg.judge.second])]
+    for judge in (cfg.judge, *beside, *cfg.evaluation.judges):
+        if is_url(cfg.run_place) and any("store" not in one.args for one in people_of(judge)):
+            raise UserError(
+                f"judge.args.store: not set, and run.dir={cfg.run_place} cannot hold what people "
+                "say: give the human judge a file on a disk that lasts"
+            )
 
 
 def _check_titles(cfg: Config) -> None:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from judges.model_clients import PolicyClientOptions
 from judges.options import AskOptions, is_implicit
+from pipeline.fleet import least_busy
 from pipeline.handles import Future, Handle
-from pipeline.replica import Replica, Unit, least_busy
+from pipeline.replica import Replica, Unit
 from workers.generator import SampledUnit
 from workers.judge_worker import Disputed, JudgedUnit
 from workers.messages import Prompt

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from pipeline.handles import Future, Handle
@@ -66,22 +65,27 @@ class RemoteLearner:
         """This version's own greedy continuation of the probe."""
         return self._handle.submit("probe", prompt_ids, new_tokens)
 
-    def save(self, directory: Path) -> None:
-        """Write a checkpoint of learner, reference and optimizer."""
-        self._call("save", directory)
+    def look(self, place: str) -> tuple[str, str]:
+        """The name of the learner's machine, and what it reads at a place, or why it cannot."""
+        seen: tuple[str, str] = self._call("look", place)
+        return seen
 
-    def load(self, directory: Path) -> None:
+    def save(self, place: str) -> None:
+        """Write a checkpoint of learner, reference and optimizer to a directory or under a URL."""
+        self._call("save", place)
+
+    def load(self, place: str) -> None:
         """Take up a checkpoint."""
-        self.version = self._call("load", directory)
+        self.version = self._call("load", place)
 
     def adopt(self, policy: PolicyOptions, version: int) -> None:
         """Take the weights of another model of the same shape as the policy's."""
         self._call("adopt", policy, version)
         self.version = version
 
-    def export(self, directory: Path) -> None:
-        """Write the policy in Hugging Face format."""
-        self._call("export", directory)
+    def export(self, place: str) -> None:
+        """Write the policy in Hugging Face format to a directory or under a URL."""
+        self._call("export", place)
 
     def _call(self, method: str, *args: object) -> Any:
         return self._handle.submit(method, *args).result()

@@ -20,6 +20,7 @@ from pipeline.ledger_tables import (
     reference_logprobs_of,
     reference_table,
 )
+from pipeline.storage import Storage
 from workers.messages import FloatArray, Round
 
 HEADER_KEY = b"freshpairs.round"
@@ -51,9 +52,13 @@ class Ledger:
     begins to be learned from: between sampling and learning the reference may still move.
     """
 
-    def __init__(self, directory: Path) -> None:
-        """Touches nothing: the directory is made by the first ``append``."""
+    def __init__(self, directory: Path, storage: Storage | None = None) -> None:
+        """Touches nothing: the directory is made by the first ``append``.
+
+        ``storage`` keeps its files; None: they last where they are.
+        """
         self.directory = directory
+        self._storage = storage or Storage(directory.parent)
 
     def append(self, round_: Round) -> None:
         """Write the round durably: once this returns, it survives a crash of the machine.
@@ -155,7 +160,7 @@ class Ledger:
             pq.write_table(table.replace_schema_metadata(metadata), file)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        self._storage.replace(temporary, path)
         sync_to_disk(self.directory)
 
 

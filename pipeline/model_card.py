@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,24 +10,28 @@ from typing import Any
 from pipeline.config import Config
 from pipeline.learner import RemoteLearner
 from pipeline.resampling_options import ALL, EarlyOptions
+from pipeline.storage import files_of, storage_of
 from pipeline.tracking import metrics
 from workers.learner.options import ReferenceSchedule
 
+CARD_FILE = "README.md"
+"""Is written last: with it, a policy is whole."""
 
-def write_policy(cfg: Config, learner: RemoteLearner, tokenizer: Any) -> Path:
+
+def write_policy(cfg: Config, learner: RemoteLearner, tokenizer: Any) -> None:
     """Write RUN/policy: weights, tokenizer, chat template and model card, whole or not at all."""
-    final = cfg.run_dir / "policy"
-    partial = cfg.run_dir / ".partial-policy"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    learner.export(partial)
-    tokenizer.save_pretrained(partial)
-    for path in partial.rglob("*"):  # safetensors writes for its owner alone
-        if path.is_file():
+    storage = storage_of(cfg)
+    with storage.appearing(cfg.run_dir / "policy", CARD_FILE) as (here, at_the_learner):
+        learner.export(at_the_learner)
+        tokenizer.save_pretrained(here)
+        for path in files_of(here):  # safetensors writes for its owner alone
             path.chmod(0o644)
-    (partial / "README.md").write_text(model_card(cfg))
-    os.replace(partial, final)
-    return final
+        (here / CARD_FILE).write_text(model_card(cfg))
+
+
+def has_policy(cfg: Config) -> bool:
+    """Whether the run is finished: its policy is there, whole."""
+    return cfg.run_dir / "policy" in storage_of(cfg).whole(cfg.run_dir, CARD_FILE)
 
 
 def model_card(cfg: Config) -> str:

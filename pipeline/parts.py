@@ -8,37 +8,49 @@ from pathlib import Path
 
 from rich.console import Console
 
+from judges.errors import UserError
 from pipeline.checkpoint import Checkpoints
 from pipeline.config import Config
 from pipeline.evaluate import Evaluator
+from pipeline.fleet import Fleet
 from pipeline.given_pairs import GivenPairs
 from pipeline.given_rounds import GivenRounds
 from pipeline.inputs import Inputs, pairing_of
 from pipeline.judge_fit import evaluating_judges
 from pipeline.judging import Judges
-from pipeline.launch.crew import Crew, CrewPlan, judges_of
+from pipeline.launch.crew import Crew, CrewPlan, Say, judges_of
 from pipeline.progress import Progress
 from pipeline.prompts import PromptStream
 from pipeline.replica import Replica
 from pipeline.rollout import Rollout, RoundSource, UnitSize
 from pipeline.selection import Selection
+from pipeline.storage import storage_of
 from workers.messages import Prompt
 
 
 def checkpoints_of(cfg: Config) -> Checkpoints:
     """The run's checkpoints."""
-    return Checkpoints(cfg.run_dir / "checkpoints", cfg.checkpoint.every, cfg.checkpoint.keep)
+    directory, options = cfg.run_dir / "checkpoints", cfg.checkpoint
+    return Checkpoints(directory, options.every, options.keep, storage_of(cfg))
 
 
-def start_crew(cfg: Config, plan: CrewPlan) -> AbstractContextManager[Crew]:
-    """The workers, as ``cluster.address`` asks."""
+def start_crew(cfg: Config, plan: CrewPlan, say: Say) -> AbstractContextManager[Crew]:
+    """The workers, as ``cluster.address`` asks; ``say`` is told what they wait for.
+
+    Raises UserError for what is planned and not built: a learner of several processes.
+    """
+    if plan.learner_processes > 1:
+        raise UserError(
+            f"learner.workers={plan.learner_processes}: a run has one learner process as yet; "
+            "`freshpairs plan` shows what more of them would need: set learner.workers=1"
+        )
     if cfg.cluster.address == "inline":
         from pipeline.launch.inline import inline_crew
 
         return inline_crew(plan)
     from pipeline.launch.ray import ray_crew
 
-    return ray_crew(plan)
+    return ray_crew(plan, cfg.cluster.address, cfg.cluster.wait_minutes, say)
 
 
 def progress_of(cfg: Config, quiet: bool) -> Progress:
@@ -49,18 +61,24 @@ def progress_of(cfg: Config, quiet: bool) -> Progress:
         objective=cfg.objective.name,
         settings=cfg.objective.settings,
         judge=cfg.judge.title,
-        run_dir=cfg.run_dir,
+        run_dir=cfg.run_place,
         updates=cfg.run.updates,
         done=checkpoints_of(cfg).latest_update(),
         console=Console(quiet=True) if quiet else None,
     )
 
 
-def replicas_of(cfg: Config, crew: Crew, inputs: Inputs) -> list[Replica]:
-    """The generators, as they are mended when they fail."""
+def replicas_of(cfg: Config, crew: Crew, inputs: Inputs, say: Say) -> list[Replica]:
+    """The generators, as they are mended when they fail, or stand in for each other.
+
+    ``say`` is told of those that leave and join, where they may.
+    """
     limit = cfg.generator.gap_limit(cfg.policy)
     probe_ids = inputs.probe_ids()
-    return [Replica(i, handle, probe_ids, limit) for i, handle in enumerate(crew.generators)]
+    replicas = [Replica(i, handle, probe_ids, limit) for i, handle in enumerate(crew.generators)]
+    if cfg.generator.min_replicas is not None:
+        Fleet(replicas, say)
+    return replicas
 
 
 def judges_with(cfg: Config, crew: Crew, inputs: Inputs) -> Judges:
@@ -140,4 +158,5 @@ def evaluator_of(
         unit_size=unit_size(cfg, max(64, cfg.sampling.prompts_per_update)),
         run_seed=cfg.run.seed,
         reference_moves=cfg.reference.update != "frozen",
+        storage=storage_of(cfg),
     )

@@ -52,7 +52,7 @@ class Progress:
         objective: str,
         settings: str,
         judge: str,
-        run_dir: Path,
+        run_dir: str | Path,
         updates: int,
         done: int = 0,
         console: Console | None = None,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.handles import Future, Handle, WorkerDied
 from workers.generator import SampledUnit, SampleRequest
@@ -12,18 +12,22 @@ from workers.messages import Completion, IntArray
 from workers.weight_sync.buckets import Receipt, SyncError, WeightPush
 from workers.weight_sync.proof import Proof
 
+if TYPE_CHECKING:
+    from pipeline.fleet import Fleet
+
 MENDS = 2
 """What is tried before a run stops: a failed push is made again, then the worker restarted."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Shipment:
-    """A version's weights on their way to every generator, and what each must then show."""
+    """A version's weights on their way to every generator, what each must then show, and has."""
 
     version: int
     weights: Future[WeightPush]
     sent: Future[Receipt]
     expected: Future[Completion]
+    proofs: list[Proof] = field(default_factory=list)
 
 
 @dataclass(slots=True, eq=False)
@@ -36,9 +40,12 @@ class Delivery:
     proving: Future[Proof] = field(init=False)
     proof: Proof | None = None
 
-    def result(self) -> Proof:
-        """Wait for the proof; a replica that fails it is mended, as for ``Unit.result``."""
-        return self.replica.proved(self)
+    def result(self) -> None:
+        """Wait for the proof; a replica that fails it is mended, as for ``Unit.result``.
+
+        One that left its fleet owes none.
+        """
+        self.replica.proved(self)
 
 
 @dataclass(slots=True, eq=False)
@@ -46,54 +53,29 @@ class Unit:
     """A call's answer, on its way: a work unit's samples, or what a judge says of them.
 
     ``prompts`` it is about. ``attempt`` counts the times it was asked for, ``lives`` the workers
-    that this replica had before the one that was asked last.
+    that its replica had before the one that was asked last.
     """
 
     replica: Replica
-    issue: Callable[[], Future[Any]]
+    issue: Callable[[Replica], Future[Any]]
     delivery: Delivery | None
     prompts: int = 0
     attempt: int = 0
     lives: int = 0
     owed: bool = True
+    round: int | None = None
     future: Future[Any] = field(init=False)
 
     def result(self) -> Any:
         """Wait for the answer and for the proof of the weights it rests on, if it does on any.
 
-        A replica that died, or whose proof failed, is mended and asked again. Raises SyncError or
-        WorkerDied where that does not help.
+        A replica that died, or whose proof failed, is mended and asked again, or another one is.
+        Raises SyncError or WorkerDied where that does not help.
         """
-        return self.replica.answered(self)
-
-
-MEMORY = 0.9
-"""Of what a replica is slower than the fastest, what is held against it each time it is passed
-over."""
-
-LEAST_PACE = 0.25
-"""Of the usual: an answer that was cached says little of the next one."""
-
-
-def least_busy(replicas: Sequence[Replica], prompts: int) -> Replica:
-    """Who would be done first with a unit of so many prompts; of equals, the first.
-
-    By the seconds that a prompt took each of late; one that has not answered yet counts as the
-    others do. So a slow replica holds up nobody but the units it has, and gets fewer. One that is
-    passed over is trusted more each time: what made it slow may be over.
-    """
-    known = [replica.pace for replica in replicas if replica.pace is not None]
-    usual = sum(known) / len(known) if known else 1.0
-    least = max(min(known, default=usual), usual * LEAST_PACE)
-
-    def finish(replica: Replica) -> float:
-        pace = usual if replica.pace is None else max(replica.pace, least)
-        return (replica.backlog + prompts) * (least + (pace - least) * MEMORY**replica.passed_over)
-
-    chosen = min(replicas, key=finish)
-    for replica in replicas:
-        replica.passed_over = 0 if replica is chosen else replica.passed_over + 1
-    return chosen
+        while True:
+            found, answered = self.replica.answered(self)
+            if answered:
+                return found
 
 
 class Replica:
@@ -112,7 +94,7 @@ class Replica:
         *,
         kind: str = "generator",
     ) -> None:
-        self._name = f"{kind} {index}"
+        self.name = f"{kind} {index}"
         self._handle = handle
         self.lives = 0
         self._probe_ids = probe_ids
@@ -120,6 +102,10 @@ class Replica:
         self._journal: list[Delivery | Unit] = []
         self._deliveries = 0
         self._mends = 0
+        self.fleet: Fleet | None = None
+        """Who takes over when its worker dies; None: the worker is restarted, and waited for."""
+        self.present = True
+        """Whether it can be given work."""
         self.pace: float | None = None
         """Seconds a prompt takes it, of late; None until it has answered."""
         self.passed_over = 0
@@ -132,6 +118,26 @@ class Replica:
             entry.prompts for entry in self._journal if isinstance(entry, Unit) and entry.owed
         )
 
+    @property
+    def rounds(self) -> set[int]:
+        """Rounds of which it owes samples."""
+        owed = (entry for entry in self._journal if isinstance(entry, Unit) and entry.owed)
+        return {unit.round for unit in owed if unit.round is not None}
+
+    @property
+    def newest(self) -> Shipment | None:
+        """What it was sent last, if anything."""
+        delivery = self._last_delivery()
+        return None if delivery is None else delivery.shipment
+
+    def arrive(self) -> bool:
+        """Whether its worker is built, and nothing more: it has yet to be sent weights."""
+        try:
+            self.present = self._handle.here()
+        except WorkerDied:
+            self._handle.begin_anew()
+        return self.present
+
     def push(self, shipment: Shipment) -> Delivery:
         """Send weights, in turn with the rounds; waits for nothing."""
         delivery = Delivery(self, shipment)
@@ -143,22 +149,39 @@ class Replica:
     def sample(self, request: SampleRequest) -> Unit:
         """Ask for samples by the weights that were pushed last; waits for nothing."""
 
-        def issue() -> Future[SampledUnit]:
-            return self._handle.submit("sample", replace(request, after_push=self._deliveries))
+        def issue(to: Replica) -> Future[SampledUnit]:
+            return to._handle.submit("sample", replace(request, after_push=to._deliveries))
 
-        return self._ask(issue, len(request.prompts))
+        return self._ask(issue, len(request.prompts), request.round)
 
     def call(self, method: str, *args: object, prompts: int = 0) -> Unit:
         """Call any other method; waits for nothing. It rests on the weights that were pushed."""
-        return self._ask(lambda: self._handle.submit(method, *args), prompts)
+        return self._ask(lambda to: to._handle.submit(method, *args), prompts)
 
-    def _ask(self, issue: Callable[[], Future[Any]], prompts: int) -> Unit:
+    def _ask(
+        self, issue: Callable[[Replica], Future[Any]], prompts: int, round_: int | None = None
+    ) -> Unit:
         self._trim()
-        deliveries = (e for e in reversed(self._journal) if isinstance(e, Delivery))
-        unit = Unit(self, issue, next(deliveries, None), prompts)
+        unit = Unit(self, issue, self._last_delivery(), prompts, round=round_)
         self._journal.append(unit)
         self._issue(unit)
         return unit
+
+    def _last_delivery(self) -> Delivery | None:
+        return next((e for e in reversed(self._journal) if isinstance(e, Delivery)), None)
+
+    def take_over(self, unit: Unit) -> None:
+        """Answer what another replica owed, by the weights that it was to be answered by."""
+        newest = self.newest
+        rests_on = None if unit.delivery is None else unit.delivery.shipment
+        if rests_on is not None and newest is not rests_on:
+            self.push(rests_on)
+        unit.replica = self
+        unit.delivery = self._last_delivery()
+        self._journal.append(unit)
+        self._issue(unit)
+        if newest is not None and newest is not rests_on:
+            self.push(newest)
 
     def replace(self) -> None:
         """Put another worker in the place of this one, and ask it for everything that is owed."""
@@ -178,11 +201,11 @@ class Replica:
         versions = [e.shipment.version for e in self._journal if isinstance(e, Delivery)]
         return min(versions, default=None)
 
-    def answered(self, unit: Unit) -> Any:
-        """The answer to a call of this replica's."""
-        while True:
-            if unit.delivery is not None:
-                self.proved(unit.delivery)
+    def answered(self, unit: Unit) -> tuple[Any, bool]:
+        """The answer to a call of this replica's, and True; False where it is another's by now."""
+        while unit.replica is self:
+            if unit.delivery is not None and not self.proved(unit.delivery):
+                continue
             try:
                 found = unit.future.result()
             except (SyncError, WorkerDied) as error:
@@ -193,25 +216,29 @@ class Replica:
                 if unit.prompts:
                     own = found.seconds / unit.prompts
                     self.pace = own if self.pace is None else 0.5 * (self.pace + own)
-                return found
+                return found, True
+        return None, False
 
-    def proved(self, delivery: Delivery) -> Proof:
-        """The proof of a delivery to this replica."""
+    def proved(self, delivery: Delivery) -> bool:
+        """Wait for the proof of a delivery; False where this replica left, and owes it no more."""
         delivery.shipment.sent.result()  # a learner that died is not this replica's fault
         while delivery.proof is None:
+            if delivery not in self._journal:
+                return False
             try:
                 delivery.loaded.result()
                 delivery.proof = delivery.proving.result()
+                delivery.shipment.proofs.append(delivery.proof)
             except (SyncError, WorkerDied) as error:
                 self._mend(error)
-        return delivery.proof
+        return True
 
     def _issue(self, entry: Delivery | Unit) -> None:
         """Make an entry's calls."""
         if isinstance(entry, Unit):
             entry.attempt += 1
             entry.lives = self.lives
-            entry.future = entry.issue()
+            entry.future = entry.issue(self)
             return
         self._deliveries += 1
         shipment = entry.shipment
@@ -224,18 +251,32 @@ class Replica:
     def _mend(self, error: SyncError | WorkerDied) -> None:
         """Push again, or restart; then ask again for everything that is owed.
 
-        Raises the error, with what was tried, after ``MENDS`` of them without a unit between.
+        Raises the error, with what was tried, after ``MENDS`` of them without a unit between. One
+        of a fleet that died leaves all that to the others.
         """
         died = isinstance(error, WorkerDied)
+        if isinstance(error, WorkerDied) and self.fleet is not None:
+            self._leave(self.fleet, error)
+            return
         if self._mends == MENDS:
             tried = f"restarted {MENDS} times" if died else "pushed again, then restarted"
-            said = str(error) if died else f"{self._name} {error}"
+            said = str(error) if died else f"{self.name} {error}"
             raise type(error)(f"{said} ({tried}, to no avail)") from error
         self._mends += 1
         if died or self._mends == MENDS:
             self.replace()
         else:
             self._reissue()
+
+    def _leave(self, fleet: Fleet, error: WorkerDied) -> None:
+        owed = [entry for entry in self._journal if isinstance(entry, Unit) and entry.owed]
+        self._journal = []
+        self._deliveries = 0
+        self.pace = None
+        self.lives += 1
+        self.present = False
+        self._handle.begin_anew()
+        fleet.left(self, owed, error)
 
     def _reissue(self) -> None:
         self._trim()

@@ -39,10 +39,11 @@ class Sample:
 
 
 def final_table(
-    evaluations: Sequence[Mapping[str, Any]], samples: Sequence[Sample], run_dir: Path
+    evaluations: Sequence[Mapping[str, Any]], samples: Sequence[Sample], run: str | Path
 ) -> RenderableType:
     """What a person reads when a run ends; print it with ``crop=False``, so that paths stay whole.
 
+    ``run`` is the run's directory: a path or a URL.
     ``evaluations`` are records of kind "evaluation" (fresh or as metrics.jsonl has them); of each
     judge the last counts. Shown where the records hold them, besides the contract's keys:
     ``quality_ci``, ``invalid`` and ``invalid_reason``, and ``length_mean`` and
@@ -57,7 +58,7 @@ def final_table(
         parts += [Text("No held-out evaluation was made (evaluation.judges).")]
     for number, sample in enumerate(samples, start=1):
         parts += [Text(""), *_sample_lines(number, sample)]
-    return Group(*parts, Text(""), *_places(run_dir))
+    return Group(*parts, Text(""), *_places(str(run)))
 
 
 def human_report(table: HumanTable) -> RenderableType:
@@ -176,21 +177,21 @@ def _shortened(text: str) -> str:
     return visible(text)
 
 
-def _places(run_dir: Path) -> Iterator[Text]:
-    run = shlex.quote(str(run_dir))
+def _places(run: str) -> Iterator[Text]:
+    quoted = shlex.quote(run)
     yield Text("Written", style="bold")
     for name, place in (
-        ("run", run_dir),
-        ("metrics", run_dir / "metrics.jsonl"),
-        ("ledger", run_dir / "ledger"),
-        ("policy", run_dir / "policy"),
+        ("run", run),
+        ("metrics", f"{run}/metrics.jsonl"),
+        ("ledger", f"{run}/ledger"),
+        ("policy", f"{run}/policy"),
     ):
         yield _unbroken(f"  {name:<8} {place}")
     yield Text("Next", style="bold")
     for command in (
-        f"tensorboard --logdir {shlex.quote(str(run_dir / 'tensorboard'))}",
-        f"freshpairs evaluate {run}",
-        f"freshpairs export {run} --out pairs.parquet",
+        f"tensorboard --logdir {shlex.quote(f'{run}/tensorboard')}",
+        f"freshpairs evaluate {quoted}",
+        f"freshpairs export {quoted} --out pairs.parquet",
     ):
         yield _unbroken(f"  {command}")
 

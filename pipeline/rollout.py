@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from pipeline.fleet import least_busy, those_here
 from pipeline.handles import Future
 from pipeline.judging import Judges, Judging, LearnerJudging
 from pipeline.learner import RemoteLearner
 from pipeline.pairing import Pairing
 from pipeline.prompts import PromptStream
-from pipeline.replica import Replica, Unit, least_busy
+from pipeline.replica import Replica, Unit
 from pipeline.resampling import RoundPlan
 from pipeline.selection import Selected, Selection
 from pipeline.sync import WeightSync
@@ -130,7 +131,8 @@ class Rollout:
         sync.push(learner)
         prompts = self._prompts.take(plan.start, plan.prompts)
         size = self._unit_size.of(len(prompts), len(self._reference_shares))
-        requests = work_units(prompts, size, self._reference_shares, self._run_seed, "sampling")
+        shares, seed = self._reference_shares, self._run_seed
+        requests = work_units(prompts, size, shares, seed, "sampling", plan.index)
         units: list[_Unit] = []
         for request, sampled in zip(requests, submit_units(self._replicas, requests), strict=True):
             selected = self._selection.of(request.prompts, sampled.future)
@@ -172,7 +174,7 @@ class Rollout:
                 labels = self._pairing.labels(*judged_prompt)
                 groups.append(PromptGroup(prompt, tuple(completions), judgement, pairs, labels))
         if self._rest_between_rounds:
-            for replica in self._replicas:
+            for replica in those_here(self._replicas):
                 replica.rest()
         refuse_invalid_rounds(groups, self._max_invalid_share, self._judge_name)
         seconds = {
@@ -200,18 +202,20 @@ def work_units(
     reference_shares: Sequence[float],
     run_seed: int,
     purpose: str,
+    round_: int | None = None,
 ) -> list[SampleRequest]:
     """Cut prompts into work units of ``size``.
 
     ``reference_shares`` has an entry for each sample of a prompt, as in ``SampleRequest``.
     """
     shares = tuple(reference_shares)
+    units = [tuple(prompts[first : first + size]) for first in range(0, len(prompts), size)]
     return [
-        SampleRequest(tuple(prompts[first : first + size]), len(shares), run_seed, purpose, shares)
-        for first in range(0, len(prompts), size)
+        SampleRequest(unit, len(shares), run_seed, purpose, shares, round=round_) for unit in units
     ]
 
 
 def submit_units(replicas: Sequence[Replica], requests: Sequence[SampleRequest]) -> list[Unit]:
-    """Share work units among the generators: each to the one that will have done it first."""
-    return [least_busy(replicas, len(r.prompts)).sample(r) for r in requests]
+    """Share work units among the generators that hold weights: each to who will have it first."""
+    here = [replica for replica in replicas if replica.present]
+    return [least_busy(here, len(r.prompts)).sample(r) for r in requests]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -14,50 +13,58 @@ import yaml
 
 from judges.errors import UserError
 from pipeline.config import Config, apply_overrides, parse_config
+from pipeline.shipped_files import FILES, keep_files, named_within, shipped_revision
+from pipeline.storage import MARKER, storage_at, storage_of
 
 CONFIG_FILE = "config.yaml"
 PARTIAL_CONFIG = ".config.yaml"
+UNBORN = frozenset({PARTIAL_CONFIG, FILES, MARKER})
+"""What a process leaves that ended before its run began."""
 LIBRARIES = ("torch", "transformers", "peft", "ray", "datasets", "vllm", "numpy")
 
 
-def refuse_existing_run(run_dir: Path) -> None:
-    """Raises UserError if the directory holds anything: a run is never overwritten."""
-    unborn = {PARTIAL_CONFIG}  # a process ended before its run began
-    if run_dir.exists() and not (
-        run_dir.is_dir() and {path.name for path in run_dir.iterdir()} <= unborn
-    ):
-        raise UserError(
-            f"run.dir={run_dir}: already exists; `freshpairs resume {run_dir}` continues it, "
-            "another run.name or run.dir starts a new one"
-        )
+def refuse_existing_run(run: str | Path) -> None:
+    """Raises UserError if the directory (a path or a URL) holds anything: none is overwritten."""
+    storage_at(run).refuse_existing(UNBORN)
 
 
 def create_run_directory(cfg: Config, threads: dict[str, int]) -> Path:
     """Make the directory with its config.yaml; raises UserError where one is already there."""
-    refuse_existing_run(cfg.run_dir)
+    refuse_existing_run(cfg.run_place)
     cfg.run_dir.mkdir(parents=True, exist_ok=True)
+    if kept := keep_files(cfg.run_dir):
+        storage_of(cfg).keep(kept)
     write_run_config(cfg, environment(threads))
     return cfg.run_dir
 
 
 def write_run_config(cfg: Config, recorded: dict[str, Any]) -> None:
     """Write the config with the environment that the run was started in, whole or not at all."""
-    text = yaml.safe_dump(cfg.model_dump() | {"environment": recorded}, sort_keys=False)
+    record = named_within(cfg).model_dump() | {"environment": recorded}
+    text = yaml.safe_dump(record, sort_keys=False)
     partial = cfg.run_dir / PARTIAL_CONFIG
     partial.write_text(text)
-    os.replace(partial, cfg.run_dir / CONFIG_FILE)
+    storage_of(cfg).replace(partial, cfg.run_dir / CONFIG_FILE)
 
 
-def read_run_config(run_dir: Path, overrides: Sequence[str] = ()) -> tuple[Config, dict[str, Any]]:
-    """The config and environment a run was started with. Raises UserError if it is no run."""
-    path = run_dir / CONFIG_FILE
-    if not path.is_file():
-        raise UserError(f"{run_dir}: not a run directory (it has no {CONFIG_FILE})")
-    raw = yaml.safe_load(path.read_text())
+def read_run_config(
+    run: str | Path, overrides: Sequence[str] = ()
+) -> tuple[Config, dict[str, Any]]:
+    """The config and environment a run (a path or a URL) was started with, as they are kept.
+
+    Raises UserError if it is no run.
+    """
+    storage = storage_at(run)
+    text = storage.read(storage.run_dir / CONFIG_FILE)
+    if text is None:
+        raise UserError(f"{storage.place}: not a run directory (it has no {CONFIG_FILE})")
+    storage.bring(FILES)
+    raw = yaml.safe_load(text)
     recorded = raw.pop("environment")
-    raw["run"]["dir"] = str(run_dir.absolute())
+    raw["run"]["dir"] = storage.place  # wherever it was when it began
     apply_overrides(raw, overrides)
-    return parse_config(raw, base=run_dir, where=str(path)), recorded
+    where = f"{storage.place}/{CONFIG_FILE}"
+    return parse_config(raw, base=storage.run_dir, where=where), recorded
 
 
 def environment(threads: dict[str, int]) -> dict[str, Any]:
@@ -65,7 +72,7 @@ def environment(threads: dict[str, int]) -> dict[str, Any]:
     return {
         "python": sys.version.split()[0],
         "libraries": {name: _installed(name) for name in LIBRARIES},
-        "git": _git_revision(),
+        "git": shipped_revision() or _git_revision(),
         "threads": threads,
     }
 

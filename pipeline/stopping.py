@@ -13,14 +13,14 @@ from pipeline.brake import Alarm
 
 
 class Stopped(Exception):  # noqa: N818 (not an error: the run was asked to end)
-    """A run that ended on purpose and can be resumed from ``run_dir`` (exit code 3).
+    """A run that ended on purpose and can be resumed (exit code 3) from ``place``: path or URL.
 
     ``changed`` is what to change for it to go on, as ``key=value``.
     """
 
-    def __init__(self, where: str, run_dir: Path, changed: str = "") -> None:
+    def __init__(self, where: str, place: str | Path, changed: str = "") -> None:
         super().__init__(f"stopped {where}")
-        self.run_dir = run_dir
+        self.place = str(place)
         self.changed = changed
 
 
@@ -29,8 +29,8 @@ class Stop:
     interrupts at once, and the run resumes from its last checkpoint instead; so it does where the
     judge's budget is spent."""
 
-    def __init__(self, run_dir: Path) -> None:
-        self._run_dir = run_dir
+    def __init__(self, place: str | Path) -> None:
+        self._place = place
         self.requested = False
         self._alarm: Alarm | None = None
         self._previous: dict[int, Any] = {}
@@ -47,8 +47,8 @@ class Stop:
             return
         where = f"after update {update}"
         if self._alarm is None:
-            raise Stopped(where, self._run_dir)
-        raise Stopped(f"{where} ({self._alarm})", self._run_dir, f"{self._alarm.key}=…")
+            raise Stopped(where, self._place)
+        raise Stopped(f"{where} ({self._alarm})", self._place, f"{self._alarm.key}=…")
 
     def __enter__(self) -> Stop:
         if threading.current_thread() is not threading.main_thread():
@@ -65,9 +65,9 @@ class Stop:
     ) -> None:
         self._restore()
         if isinstance(error, BudgetSpent):
-            raise Stopped(f"({error})", self._run_dir, f"judge.budget.{error.limit}=…") from error
+            raise Stopped(f"({error})", self._place, f"judge.budget.{error.limit}=…") from error
         if kind is KeyboardInterrupt:
-            raise Stopped("at once, to go on from the last checkpoint", self._run_dir) from error
+            raise Stopped("at once, to go on from the last checkpoint", self._place) from error
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         self.requested = True

@@ -16,9 +16,12 @@ from judges.errors import UserError
 from pipeline.config import Config, load_config
 from pipeline.config_difference import differences, flat, short_keys, value_text
 from pipeline.handles import WorkerDied
+from pipeline.model_card import has_policy
 from pipeline.run_directory import CONFIG_FILE, read_run_config, refuse_existing_run
 from pipeline.stopping import Stopped
+from pipeline.storage import storage_of
 from pipeline.tracking import METRICS_FILE
+from workers.places import StorageFailed, is_url, normalised
 from workers.verdicts import JudgeFailed
 from workers.weight_sync.buckets import SyncError
 
@@ -34,7 +37,14 @@ MAY_CHANGE = ("judge.budget", "drift.stop", "drift.warn")
 LONGEST_VALUE, LONGEST_NAME = 40, 200
 """Characters of a value in a point's name, and of the name."""
 
-TOLD_IN_A_LINE = (UserError, JudgeFailed, SyncError, WorkerDied, FloatingPointError)
+TOLD_IN_A_LINE = (
+    UserError,
+    JudgeFailed,
+    SyncError,
+    WorkerDied,
+    StorageFailed,
+    FloatingPointError,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +81,12 @@ class Sweep:
 class Outcome:
     """What is to be compared, and a line for every point that failed or that needs a change."""
 
-    runs: list[Path] = field(default_factory=list)
+    runs: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
     stopped: list[str] = field(default_factory=list)
 
 
-def plan(config: Path, arguments: Sequence[str], directory: Path | None = None) -> Sweep:
+def plan(config: Path, arguments: Sequence[str], directory: str | Path | None = None) -> Sweep:
     """The product of all ``key=value,value,…``, the last key turning fastest.
 
     ``directory`` is that of the run (``run.dir`` or runs/NAME) with ``-sweep`` appended unless
@@ -91,8 +101,9 @@ def plan(config: Path, arguments: Sequence[str], directory: Path | None = None) 
         for values in itertools.product(*[axis.values for axis in axes])
     ]
     loaded = _each(lambda c: load_config(config, [f"{k}={v}" for k, v in c.items()]), chosen)
-    place = directory or Path(f"{loaded[0].run_dir}-sweep")
-    _check_place(place)
+    place = normalised(str(directory or f"{loaded[0].run_place}-sweep"))
+    if not is_url(place):
+        _check_place(Path(place))
     keys = short_keys([axis.key for axis in axes if len(axis.values) > 1])
     names = [point_name({keys[k]: v for k, v in values.items() if k in keys}) for values in chosen]
     configs = [_placed(cfg, place, name) for cfg, name in zip(loaded, names, strict=True)]
@@ -172,8 +183,8 @@ def run(sweep: Sweep, *, say: Callable[[str], object] = print, quiet: bool = Fal
         say(f"{heading}: finished before" if point.finished else heading)
         if not point.finished:
             mistakes += _run_point(point, outcome, quiet)
-        if (point.cfg.run_dir / METRICS_FILE).is_file():
-            outcome.runs.append(point.cfg.run_dir)
+        if _holds(point.cfg, METRICS_FILE):
+            outcome.runs.append(point.cfg.run_place)
     if len(mistakes) == len(sweep.points):
         raise UserError("\n".join(dict.fromkeys("\n".join(mistakes).splitlines())))
     return outcome
@@ -185,7 +196,7 @@ def _run_point(point: Point, outcome: Outcome, quiet: bool) -> list[str]:
 
     try:
         if point.begun:
-            job.resume(point.cfg.run_dir, point.more, quiet=quiet)
+            job.resume(point.cfg.run_place, point.more, quiet=quiet)
         else:
             job.run(point.cfg, quiet=quiet)
     except Stopped as stopped:
@@ -193,11 +204,11 @@ def _run_point(point: Point, outcome: Outcome, quiet: bool) -> list[str]:
             raise
         outcome.stopped.append(f"{point.name}: {stopped}: it goes on with {stopped.changed}")
     except KeyboardInterrupt as error:  # before the run could take it for a request to stop
-        raise Stopped("at once", point.cfg.run_dir) from error
+        raise Stopped("at once", point.cfg.run_place) from error
     except TOLD_IN_A_LINE as error:
         lines = [str(error), *getattr(error, "__notes__", [])]
         outcome.failed.append(f"{point.name}: {'; '.join(lines)}")
-        if isinstance(error, UserError) and not (point.cfg.run_dir / CONFIG_FILE).is_file():
+        if isinstance(error, UserError) and not _holds(point.cfg, CONFIG_FILE):
             return ["\n".join(lines)]
     except Exception as error:  # noqa: BLE001 (it is shown whole, and the sweep fails in the end)
         traceback.print_exception(error)
@@ -238,17 +249,18 @@ def _each(make: Callable[[GivenT], MadeT], given: Sequence[GivenT]) -> list[Made
     return made
 
 
-def _placed(cfg: Config, place: Path, name: str) -> Config:
-    own = {"dir": str((place / name).absolute()), "name": f"{cfg.run.name} {name}"}
+def _placed(cfg: Config, place: str, name: str) -> Config:
+    directory = f"{place}/{name}" if is_url(place) else str((Path(place) / name).absolute())
+    own = {"dir": directory, "name": f"{cfg.run.name} {name}"}
     return cfg.model_copy(update={"run": cfg.run.model_copy(update=own)})
 
 
 def _point(name: str, cfg: Config) -> Point:
     """Raises UserError where something else stands in its directory."""
-    if not (cfg.run_dir / CONFIG_FILE).is_file():
-        refuse_existing_run(cfg.run_dir)
+    if not _holds(cfg, CONFIG_FILE):
+        refuse_existing_run(cfg.run_place)
         return Point(name, cfg, begun=False, finished=False, more=())
-    recorded = read_run_config(cfg.run_dir)[0].model_dump()
+    recorded = read_run_config(cfg.run_place)[0].model_dump()
     asked = cfg.model_dump()
     if asked["generator"]["backend"] == "auto":  # which the run has settled
         asked["generator"]["backend"] = recorded["generator"]["backend"]
@@ -258,10 +270,14 @@ def _point(name: str, cfg: Config) -> Point:
     if others := differences(configs):
         was, is_ = (_told(config, others) for config in configs)
         raise UserError(
-            f"{cfg.run_dir}: was begun with {was}; asked for is {is_}: sweep into another "
+            f"{cfg.run_place}: was begun with {was}; asked for is {is_}: sweep into another "
             "directory (--dir), or remove this one"
         )
-    return Point(name, cfg, True, (cfg.run_dir / "policy").is_dir(), more)
+    return Point(name, cfg, True, has_policy(cfg), more)
+
+
+def _holds(cfg: Config, name: str) -> bool:
+    return storage_of(cfg).read(cfg.run_dir / name) is not None
 
 
 def _taken(config: dict[str, Any], key: str) -> Any:

@@ -16,7 +16,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from judges.errors import UserError
-from pipeline.dashboards import TENSORBOARD_DIR, TensorBoard, Wandb, WandbOptions
+from pipeline.dashboards import TENSORBOARD_DIR, WANDB_ID, TensorBoard, Wandb, WandbOptions
+from pipeline.storage import Storage
 
 SCHEMA = 1
 METRICS_FILE = "metrics.jsonl"
@@ -118,13 +119,24 @@ class Tracker:
     Each line says the ``update`` it belongs to (updates applied so far) and the ``round`` (rounds
     finished before it: the index of the round being learned from), counted from the lines of the
     file, so they need no keeping. A file that is already there is continued.
+
+    ``storage`` is given them at each checkpoint, at each round's end and at the end, not at every
+    update: an object cannot be appended to. None: they last where they are.
     """
 
     def __init__(
-        self, run_dir: Path, options: TrackingOptions, listeners: Sequence[Listener] = ()
+        self,
+        run_dir: Path,
+        options: TrackingOptions,
+        listeners: Sequence[Listener] = (),
+        storage: Storage | None = None,
     ) -> None:
-        self._tensorboard = TensorBoard(run_dir / TENSORBOARD_DIR) if options.tensorboard else None
+        self._storage = storage or Storage(run_dir)
+        self._dashboards = run_dir / TENSORBOARD_DIR
+        self._tensorboard = TensorBoard(self._dashboards) if options.tensorboard else None
         self._wandb = Wandb(run_dir, options.wandb) if options.wandb else None
+        if self._wandb is not None:
+            self._storage.keep(run_dir / WANDB_ID)
         self._listeners = tuple(listeners)
         self._path = run_dir / METRICS_FILE
         self._file = self._path.open("ab")
@@ -141,6 +153,7 @@ class Tracker:
         _check_keys("round", record, ROUND_KEYS)
         self._write("round", {key: record[key] for key in ROUND_KEYS})
         self._rounds += 1
+        self._storage.keep(self._path)
 
     def evaluation(self, record: Record) -> None:
         """One judge's evaluation: ``EVALUATION_KEYS`` and whatever else was measured."""
@@ -148,8 +161,9 @@ class Tracker:
         self._write("evaluation", record)
 
     def position(self) -> int:
-        """Bytes of metrics.jsonl so far, safely on disk: what a checkpoint keeps for ``cut``."""
+        """Bytes of metrics.jsonl so far, which last: what a checkpoint keeps for ``cut``."""
         os.fsync(self._file.fileno())
+        self._keep()
         return os.fstat(self._file.fileno()).st_size
 
     def cut(self, position: int) -> None:
@@ -179,6 +193,12 @@ class Tracker:
             self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.close()
+        self._keep()
+
+    def _keep(self) -> None:
+        self._storage.keep(self._path)
+        if self._tensorboard is not None:
+            self._storage.keep(self._dashboards)
 
     def _write(self, kind: str, record: Record) -> None:
         place = {"schema": SCHEMA, "kind": kind, "update": self._updates, "round": self._rounds}

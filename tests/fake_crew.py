@@ -1,24 +1,21 @@
-"""A crew for the real loop that works in virtual time: nothing sleeps, nothing is computed.
-
-A call runs in Python where it is submitted, but its future is ready only when a worker of that
-speed would have done it: after the calls before it, after the futures among its arguments, and so
-many seconds later. Waiting moves the world's clock. So what is in flight when is as it would be.
-"""
+"""A crew for the real loop in virtual time (pipeline/plan/), that writes down what it does."""
 
 from __future__ import annotations
 
 import random
 import weakref
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from pipeline.checkpoint import Cursor
 from pipeline.learner import RemoteLearner
+from pipeline.plan.virtual import Pace
+from pipeline.plan.virtual_workers import VirtualGenerator, VirtualJudge, VirtualLearner, mixed
 from pipeline.resampling import RoundPlan
 from pipeline.rollout import Pending, Rollout
 from pipeline.stopping import Stop
@@ -26,35 +23,14 @@ from pipeline.sync import WeightSync
 from pipeline.tracking import ROUND_KEYS, UPDATE_KEYS
 from workers.generator import SampledUnit, SampleRequest
 from workers.judge_worker import JudgedUnit
-from workers.messages import (
-    Completion,
-    FloatArray,
-    Judgement,
-    Prompt,
-    Round,
-    UpdateBatch,
-    probe_completion,
-)
+from workers.messages import Completion, Prompt, UpdateBatch
 from workers.seeds import derive_seed
 from workers.weight_sync.buckets import Receipt
 from workers.weight_sync.proof import Proof
 
-Pace: TypeAlias = Callable[[str, Sequence[int]], float]
-"""Seconds of a call, from its method and the positions of the prompts that it is about."""
-
 Learned: TypeAlias = tuple[tuple[tuple[Any, ...], ...], tuple[tuple[Any, ...], ...]]
 """A batch as one value: of each completion (position, sample, version, seed, ids, replayed), of
 each example (chosen, rejected, P(chosen better))."""
-
-
-def steady(**seconds: float) -> Pace:
-    """So many seconds for a call of a method named, whatever it is about; none for the others."""
-    return lambda method, positions: seconds.get(method, 0.0)
-
-
-def steady_a_prompt(**seconds: float) -> Pace:
-    """So many seconds for each prompt of a call of a method named; none for the others."""
-    return lambda method, positions: seconds.get(method, 0.0) * len(positions)
 
 
 def erratic(seed: int, name: str) -> Pace:
@@ -71,65 +47,6 @@ def erratic(seed: int, name: str) -> Pace:
         return own * work * rng.paretovariate(1.3)
 
     return seconds
-
-
-@dataclass(slots=True)
-class World:
-    """Virtual seconds since the run began."""
-
-    now: float = 0.0
-
-
-class VirtualFuture:
-    """An answer that is there, but not before ``ready_at``."""
-
-    def __init__(self, world: World, value: Any, ready_at: float) -> None:
-        self._world = world
-        self.value = value
-        self.ready_at = ready_at
-
-    def result(self) -> Any:
-        """Wait for it: the world's clock moves on."""
-        self._world.now = max(self._world.now, self.ready_at)
-        return self.value
-
-
-class Worker(Protocol):
-    """Has methods; ``seconds`` is what the call under way takes."""
-
-    seconds: float
-
-
-class VirtualHandle:
-    """One worker, its calls one after another at its own pace."""
-
-    def __init__(self, world: World, worker: Worker, pace: Pace) -> None:
-        self._world = world
-        self._worker = worker
-        self._pace = pace
-        self._free_at = 0.0
-
-    def submit(self, method: str, *args: object) -> VirtualFuture:
-        """Call now, answer when it would be done."""
-        waits_for = [arg for arg in args if isinstance(arg, VirtualFuture)]
-        begins = max(self._world.now, self._free_at, *(f.ready_at for f in waits_for))
-        values = [arg.value if isinstance(arg, VirtualFuture) else arg for arg in args]
-        self._worker.seconds = self._pace(method, _positions(method, values))
-        self._free_at = begins + self._worker.seconds
-        return VirtualFuture(self._world, getattr(self._worker, method)(*values), self._free_at)
-
-    def restart(self) -> None:
-        """Nothing here dies."""
-        raise AssertionError("nothing here dies")
-
-
-def _positions(method: str, values: Sequence[Any]) -> list[int]:
-    match method:
-        case "sample":
-            return [prompt.position for prompt in values[0].prompts]
-        case "judge":
-            return [prompt.position for prompt in values[1]]
-    return []
 
 
 @dataclass(slots=True)
@@ -164,74 +81,42 @@ class Diary:
         self.alive[number] = weakref.ref(completion.ids, gone)
 
 
-class FakeGenerator:
-    """Its completions are a function of seed and weights: two tokens, of which the first differs
-    from sample to sample."""
+class FakeGenerator(VirtualGenerator):
+    """Its completions are written down, and what it is asked is checked."""
 
     def __init__(self, diary: Diary) -> None:
+        super().__init__()
         self._diary = diary
-        self._weights = (-1, 0)
         self._pushes = 0
-        self.seconds = 0.0
-
-    def load(self, weights: tuple[int, int]) -> Receipt:
-        self._weights = weights
-        return Receipt(weights[0], str(weights[1]))
 
     def prove(self, ids: Any, sent: Receipt, expected: Completion, limit: float) -> Proof:
         assert sent == Receipt(self._weights[0], str(self._weights[1]))
         assert expected.version == sent.version
         self._pushes += 1
-        return Proof(sent.version, sent.checksum, 0.0, 0.0)
+        return super().prove(ids, sent, expected, limit)
 
     def sample(self, request: SampleRequest) -> SampledUnit:
         assert request.after_push == self._pushes
-        found = []
-        for prompt in request.prompts:
+        unit = super().sample(request)
+        for prompt, completions in zip(request.prompts, unit.completions, strict=True):
             self._diary.sampled.append((prompt.position, str(prompt.content)))
-            for sample in range(request.samples):
-                found.append(self._completion(prompt, sample, request.seed(prompt, sample)))
-        return request.answer(found, self.seconds)
-
-    def _completion(self, prompt: Prompt, sample: int, seed: int) -> Completion:
-        version, state = self._weights
-        drawn = _mixed(state, seed) % 1000
-        completion = Completion(
-            position=prompt.position,
-            sample=sample,
-            seed=seed,
-            version=version,
-            ids=np.array([sample, drawn], np.int64),
-            logprobs=LOGPROBS,
-            sampling_logprobs=None,
-            finished=True,
-            text=f"{sample} {drawn}",
-        )
-        self._diary.wrote(completion)
-        return completion
+            for completion in completions:
+                self._diary.wrote(completion)
+        return unit
 
 
-LOGPROBS: FloatArray = np.array([-1.0, -1.0], np.float32)
-
-
-class FakeJudge:
-    """Scores by the second token; of equals, the second sample is better."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
+class FakeJudge(VirtualJudge):
+    """Is given each prompt's own completions."""
 
     def judge(
         self, name: str, prompts: Sequence[Prompt], sampled: SampledUnit, selected: Any, second: Any
     ) -> JudgedUnit:
-        judgements = []
         for prompt, completions in zip(prompts, sampled.completions, strict=True):
             assert {c.position for c in completions} == {prompt.position}
-            scores = [float(c.ids[1]) + 0.5 * c.sample for c in completions]
-            judgements.append(Judgement(prompt.position, np.array(scores), (None,) * len(scores)))
-        return JudgedUnit(tuple(judgements), self.seconds)
+        return super().judge(name, prompts, sampled, selected, second)
 
 
-class FakeLearner:
+class FakeLearner(VirtualLearner):
     """Its policy is a hash of every batch that it ever learned from, and so is its loss.
 
     ``staleness`` c: an update's policy_ess is exp(−c·lag²) of the oldest fresh pair. ``dies_at`` an
@@ -239,33 +124,16 @@ class FakeLearner:
     """
 
     def __init__(self, diary: Diary, staleness: float = 0.0, dies_at: int | None = None) -> None:
+        super().__init__()
         self._diary = diary
         self._staleness = staleness
         self._dies_at = dies_at
         self._round = -1
-        self.version = 0
-        self.state = 0
-        self.seconds = 0.0
 
-    def begin_round(self, index: int) -> int:
+    def begin_round(self, index: int) -> int | None:
         self._round = index
         self._diary.begun.add(index)
-        return 0
-
-    def score_reference(self, batches: Sequence[UpdateBatch]) -> list[list[FloatArray]]:
-        return [[item.completion.logprobs for item in batch.completions] for batch in batches]
-
-    def score_policy(self, batch: UpdateBatch) -> list[FloatArray]:
-        return [item.completion.logprobs for item in batch.completions]
-
-    def weights(self, keep_from: int) -> tuple[int, int]:
-        return self.version, self.state
-
-    def sent(self) -> Receipt:
-        return Receipt(self.version, str(self.state))
-
-    def probe(self, ids: Any, new_tokens: int) -> Completion:
-        return probe_completion(self.version, [], [])
+        return super().begin_round(index)
 
     def update(self, batch: UpdateBatch) -> dict[str, Any]:
         if self.version + 1 == self._dies_at:
@@ -279,12 +147,11 @@ class FakeLearner:
         diary.lags.append(lags)
         diary.round_of.append(self._round)
         self.state = zlib.crc32(repr(learned).encode(), self.state)
-        self.version += 1
+        record = super().update(batch)
         oldest = max(lags, default=None)
         ess = None if oldest is None else float(np.exp(-self._staleness * oldest**2))
-        return dict.fromkeys(UPDATE_KEYS) | {
-            "loss": _mixed(self.state, self.version) / 2**32,
-            "pairs": len(batch.examples),
+        return record | {
+            "loss": mixed(self.state, self.version) / 2**32,
             "lag_max": oldest,
             "policy_ess": ess,
         }
@@ -305,10 +172,6 @@ def learned_from(batch: UpdateBatch) -> Learned:
     )
 
 
-def _mixed(state: int, number: int) -> int:
-    return zlib.crc32(number.to_bytes(8, "little"), state)
-
-
 class Killed(Exception):  # noqa: N818 (named for what happened)
     """The process ended in the middle of something."""
 
@@ -325,32 +188,6 @@ class WatchedRollout:
         waiting = len(self._diary.submitted.keys() - self._diary.begun)
         self._diary.waiting = max(self._diary.waiting, waiting)
         return self._rollout.submit(plan, learner, sync)
-
-
-class MemoryLedger:
-    """Rounds by index, each written once, as the ledger on disk insists; ``keeps`` False: only
-    that they were."""
-
-    def __init__(self, keeps: bool = True) -> None:
-        self._keeps = keeps
-        self._rounds: dict[int, Round | None] = {}
-
-    def append(self, round_: Round) -> None:
-        assert round_.index == len(self._rounds), "lost, twice or out of turn"
-        self._rounds[round_.index] = round_ if self._keeps else None
-
-    def append_reference(self, round_: Round) -> None:
-        if self._keeps:
-            assert self.read(round_.index).reference_version is None
-            self._rounds[round_.index] = round_
-
-    def read(self, index: int) -> Round:
-        found = self._rounds[index]
-        assert found is not None
-        return found
-
-    def __contains__(self, index: int) -> bool:
-        return index in self._rounds
 
 
 @dataclass(slots=True)
@@ -391,13 +228,3 @@ class MemoryTracker:
 
     def position(self) -> int:
         return len(self.records)
-
-
-class NoEvaluator:
-    """Never due."""
-
-    def baseline(self, learner: RemoteLearner, sync: WeightSync) -> None:
-        pass
-
-    def due(self, update: int) -> bool:
-        return False

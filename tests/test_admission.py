@@ -29,6 +29,8 @@ from pipeline.drift import Drift
 from pipeline.inputs import pairing_of
 from pipeline.judging import Judges
 from pipeline.learner import RemoteLearner
+from pipeline.plan.virtual import Pace, VirtualHandle, World, steady, steady_a_prompt
+from pipeline.plan.virtual_workers import MemoryLedger, NoEvaluator
 from pipeline.prompts import PromptOptions, PromptStream
 from pipeline.replica import Replica
 from pipeline.rollout import Rollout, UnitSize
@@ -44,16 +46,9 @@ from tests.fake_crew import (
     FakeLearner,
     Killed,
     MemoryCheckpoints,
-    MemoryLedger,
     MemoryTracker,
-    NoEvaluator,
-    Pace,
-    VirtualHandle,
     WatchedRollout,
-    World,
     erratic,
-    steady,
-    steady_a_prompt,
 )
 from tests.prompt_helpers import ENCODER, numbered
 
@@ -90,7 +85,7 @@ class Case:
     @property
     def updates(self) -> int:
         if math.isinf(self.per_round):
-            return max(1, self.rounds * self.passes - self.cut)
+            return max(self.passes, self.rounds * self.passes - self.cut)
         full = int(self.per_round) * self.passes
         return self.rounds * full - self.cut % full
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pipeline import checkpoint
+from pipeline import storage
 from pipeline.checkpoint import Checkpoints, Cursor
 from pipeline.learner import RemoteLearner
 from pipeline.resampling import RoundPlan, Share
@@ -36,14 +36,16 @@ class FakeLearner:
     def submit(self, method: str, *args: Any) -> Done:
         return Done(getattr(self, method)(*args))
 
-    def save(self, directory: Path) -> None:
+    def save(self, place: str) -> None:
+        directory = Path(place)
         (directory / "learner.pt").write_text(str(self.version))
         if self.dies_while_saving:
             (directory / f"half-of-{self.version}").write_text("")
             raise Killed
         (directory / "optimizer.pt").write_text(str(self.version))
 
-    def load(self, directory: Path) -> int:
+    def load(self, place: str) -> int:
+        directory = Path(place)
         assert (directory / "optimizer.pt").read_text() == (directory / "learner.pt").read_text()
         self.version = int((directory / "learner.pt").read_text())
         return self.version
@@ -131,9 +133,9 @@ def test_a_half_written_checkpoint_is_ignored_and_replaced(tmp_path):
 def test_killed_at_any_file_operation_the_last_whole_checkpoint_is_restored(tmp_path, monkeypatch):
     """Dies before the n-th flush, rename or removal, for every n; then the run goes on."""
     operations = [
-        (checkpoint.os, "fsync"),
-        (checkpoint.os, "replace"),
-        (checkpoint.shutil, "rmtree"),
+        (storage.os, "fsync"),
+        (storage.os, "replace"),
+        (storage.shutil, "rmtree"),
     ]
     deaths = 0
     for fatal in range(1, 100):
@@ -182,8 +184,8 @@ def test_every_file_is_flushed_before_the_checkpoint_appears(tmp_path, monkeypat
         flushed.append("renamed")
         replace(source, target)
 
-    monkeypatch.setattr(checkpoint.os, "fsync", tell_fsync)
-    monkeypatch.setattr(checkpoint.os, "replace", tell_replace)
+    monkeypatch.setattr(storage.os, "fsync", tell_fsync)
+    monkeypatch.setattr(storage.os, "replace", tell_replace)
     save(Checkpoints(tmp_path / "c", every=1, keep=1), 1)
     files, rest = flushed[:3], flushed[3:]
     assert sorted(files) == ["cursor.json", "learner.pt", "optimizer.pt"]

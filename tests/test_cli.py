@@ -104,7 +104,7 @@ MISTAKES = [
     ("objective.name=dpoo", "did you mean 'dpo'?"),
     ("pairing.strategy=bestworst", "best_worst"),
     ("run.dir={tmp}", "already exists"),
-    ("generator.replicas=99 cluster.address=local", "cores"),
+    ("generator.replicas=99 cluster.address=local", " CPU missing: "),
 ]
 
 

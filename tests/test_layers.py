@@ -90,7 +90,7 @@ def test_workers_import_judges_only_and_no_ray():
 def test_the_pipeline_imports_no_torch_and_ray_only_where_it_launches():
     assert who_imports("pipeline", "torch", "vllm", "tests", "benchmarks") == []
     users_of_ray = {file for file, _ in who_imports("pipeline", "ray")}
-    assert users_of_ray == {"pipeline/launch/ray.py"}
+    assert {Path(file).parent.as_posix() for file in users_of_ray} == {"pipeline/launch"}
 
 
 def test_vllm_stays_in_its_generator_and_transfer_files():

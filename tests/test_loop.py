@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from judges.errors import UserError
-from pipeline import checkpoint, job, ledger, loop, stopping
+from pipeline import job, ledger, loop, stopping, storage
 from pipeline.config import Config
 from pipeline.learner import RemoteLearner
 from pipeline.ledger import Ledger
@@ -123,8 +123,8 @@ KILLS = [
     pytest.param(RemoteLearner, "update", 1, id="before the first update"),
     pytest.param(RemoteLearner, "update", 4, id="in the middle of a round"),
     pytest.param(RemoteLearner, "update", 6, id="before the last update"),
-    pytest.param(checkpoint.os, "replace", 2, id="before a checkpoint appears"),
-    pytest.param(checkpoint, "sync_to_disk", 6, id="while a checkpoint is written"),
+    pytest.param(storage.os, "replace", 2, id="before a checkpoint appears"),
+    pytest.param(storage, "sync_to_disk", 6, id="while a checkpoint is written"),
     pytest.param(loop.Tracker, "update", 3, id="between an update and its record"),
     pytest.param(loop.Tracker, "round", 2, id="before a round's record"),
     pytest.param(loop.Tracker, "evaluation", 2, id="before an evaluation's record"),

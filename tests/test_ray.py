@@ -19,7 +19,6 @@ from pipeline import job
 from pipeline.config import Config
 from pipeline.handles import WorkerDied
 from pipeline.launch.crew import CrewPlan, WorkerPlan, plan_crew
-from pipeline.launch.ray import refuse_missing_gpus, refuse_too_few_cores
 from tests import tiny
 from workers.generator import SampleRequest
 from workers.verdicts import JudgeFailed
@@ -185,35 +184,6 @@ def test_a_generator_that_dies_or_lies_changes_nothing(
     for ledger in sorted((cfg.run_dir / "ledger").glob("*.parquet")):
         other = mended.run_dir / "ledger" / ledger.name
         assert pq.read_table(other).equals(pq.read_table(ledger))
-
-
-def test_too_few_cores_are_refused_before_anything_starts(tiny_model: Path, tmp_path: Path) -> None:
-    """The learner takes turns with the generators, unless rounds are sampled while it learns."""
-    for in_flight, said, needed in (
-        (0, "4 generators need 4 cores, this machine has 2", 4),
-        (1, "4 generators and the learner need 5 cores, this machine has 2", 5),
-    ):
-        overlap = {"rounds_in_flight": in_flight}
-        generator = {"replicas": 4, "backend": "transformers"}
-        cfg = tiny.config(tiny_model, tmp_path, generator=generator, resampling=overlap)
-        with pytest.raises(UserError, match=said) as refusal:
-            refuse_too_few_cores(plan_crew(cfg, 1, 1), 2)
-        assert "\n" not in str(refusal.value)
-        refuse_too_few_cores(plan_crew(cfg, 1, 1), needed)
-
-
-def test_missing_gpus_are_refused_with_what_there_is(tiny_model: Path, tmp_path: Path) -> None:
-    generator = {"replicas": 3, "backend": "vllm", "gpus": 0.5}
-    cfg = tiny.config(tiny_model, tmp_path, generator=generator, learner={"gpus": 1})
-    plan = plan_crew(cfg, 1, 1)
-    refuse_missing_gpus(plan, 2.5)
-    with pytest.raises(UserError) as refusal:
-        refuse_missing_gpus(plan, 2.0)
-    assert str(refusal.value).startswith(
-        "generator.gpus=0.5, generator.replicas=3, learner.gpus=1: they need 2.5 GPUs, this "
-        "machine has 2; give them less"
-    )
-    assert "\n" not in str(refusal.value)
 
 
 def test_a_users_folder_does_not_come_before_ours(tiny_model: Path, tmp_path: Path) -> None:

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.fleet import least_busy
 from pipeline.handles import WorkerDied
 from pipeline.learner import RemoteLearner
-from pipeline.replica import Replica, least_busy
+from pipeline.replica import Replica
 from pipeline.sync import PROBE_NEW_TOKENS, WeightSync
 from workers.generator import SampledUnit, SampleRequest
 from workers.messages import (

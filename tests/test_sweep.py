@@ -154,11 +154,11 @@ def test_a_grid_runs_is_skipped_when_repeated_and_refuses_another_config(
     config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     outcome, said = swept(plan(config_file, GRID))
-    places = [tmp_path / "run-sweep" / name for name in NAMES]
+    places = [str(tmp_path / "run-sweep" / name) for name in NAMES]
     assert outcome == Outcome(runs=places)
     assert said == [f"({n}/4) {name}" for n, name in enumerate(NAMES, start=1)]
     alone = job.run(plan(config_file, GRID, tmp_path / "other").points[1].cfg, quiet=True).run_dir
-    assert tiny.records(places[1]) == tiny.records(alone)  # as if it had been the only one
+    assert tiny.records(Path(places[1])) == tiny.records(alone)  # as if it had been the only one
 
     monkeypatch.setattr(job, "_run", None)  # nothing is run from here on
     again, said = swept(plan(config_file, GRID))
@@ -170,7 +170,7 @@ def test_a_grid_runs_is_skipped_when_repeated_and_refuses_another_config(
     with pytest.raises(UserError) as refused:
         plan(config_file, [*GRID, "learner.learning_rate=0.5", "run.updates=3"])
     lines = str(refused.value).splitlines()
-    assert [line.partition(": ")[0] for line in lines] == [str(place) for place in places]
+    assert [line.partition(": ")[0] for line in lines] == places
     assert (
         "begun with run.updates=2, learner.learning_rate=0.01; asked for is run.updates=3, "
         in (lines[0])
@@ -211,7 +211,9 @@ def test_ctrl_c_ends_a_sweep_that_the_same_command_goes_on_with(
     ]
     outcome, said = swept(sweep)
     assert said[0].endswith("finished before")
-    assert [tiny.records(r) for r in outcome.runs] == [tiny.records(r) for r in whole.runs]
+    assert [tiny.records(Path(r)) for r in outcome.runs] == [
+        tiny.records(Path(r)) for r in whole.runs
+    ]
 
 
 def test_ctrl_c_before_a_run_listens_ends_the_sweep_too(
@@ -245,7 +247,7 @@ def test_a_failed_point_is_told_and_the_others_run(
     assert str(error) in told
     expected = isinstance(error, FloatingPointError)
     assert ("Traceback" in capsys.readouterr().err) is not expected
-    finished = [(r / "policy").is_dir() for r in outcome.runs]
+    finished = [(Path(r) / "policy").is_dir() for r in outcome.runs]
     assert finished == [False, True, True, True]
     assert swept(plan(config_file, GRID))[0].failed == []
     assert (tmp_path / "run-sweep" / NAMES[0] / "policy").is_dir()

@@ -357,7 +357,7 @@ def test_a_push_that_a_generator_misses_is_found_out(workers):
     class Deaf:
         def submit(self, method: str, *args: Any) -> Any:
             if method == "load":
-                generators[1]._worker._standing.received = learner.sent().result()
+                generators[1]._hosted.worker._standing.received = learner.sent().result()
                 return learner.sent()
             return generators[1].submit(method, *args)
 

@@ -113,11 +113,20 @@ class GeneratorOptions(BaseModel):
         description="Sampling engine; auto = vllm where it is installed, else transformers",
     )
     replicas: int = Field(default=1, ge=1, description="Generators that share each round")
+    min_replicas: int | None = Field(
+        default=None,
+        ge=1,
+        description="Generators that a run starts with, on nodes that come and go: the others join "
+        "when there is room, what a lost one owed is sampled by those that are left; null = all",
+    )
     threads: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         default="auto", description="CPU threads of each; auto = its fair share of the cores"
     )
     gpus: float = Field(
         default=0.0, ge=0.0, allow_inf_nan=False, description="GPUs of each; fractions share one"
+    )
+    resources: dict[str, Positive] = Field(
+        default_factory=dict, description="Custom resources of the cluster that each needs"
     )
     max_model_len: int | None = Field(
         default=None,
@@ -172,7 +181,8 @@ class SampleRequest:
     ``reference_shares`` has the μ of each sample: it is drawn from π^(1−μ)·π_ref^μ, normalised
     token by token (0 is the policy, 1 the reference); empty is the policy for every sample.
     ``after_push`` counts the pushes that the generator must have settled before it begins.
-    ``sampling`` says how to draw where it is not as the generator was told to.
+    ``sampling`` says how to draw where it is not as the generator was told to. ``round`` is the one
+    it is of, for the log; None: of none.
     """
 
     prompts: tuple[Prompt, ...]
@@ -182,6 +192,7 @@ class SampleRequest:
     reference_shares: tuple[float, ...] = ()
     after_push: int = 0
     sampling: SamplingOptions | None = None
+    round: int | None = None
 
     def seed(self, prompt: Prompt, sample: int) -> int:
         """Of one sample: of what it is for and nothing else."""
@@ -191,15 +202,19 @@ class SampleRequest:
         """What comes back: the completions, prompt by prompt, in the order of their samples."""
         starts = range(0, len(completions), self.samples)
         grouped = tuple(tuple(completions[i : i + self.samples]) for i in starts)
-        return SampledUnit(grouped, seconds)
+        return SampledUnit(grouped, seconds, self.round)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SampledUnit:
-    """The completions of a work unit, n for each prompt, and what sampling took in seconds."""
+    """The completions of a work unit, n for each prompt, and what sampling took in seconds.
+
+    ``round`` is the request's: whoever judges them knows by it what they are of.
+    """
 
     completions: tuple[tuple[Completion, ...], ...]
     seconds: float
+    round: int | None = None
 
 
 class Generator(Protocol):

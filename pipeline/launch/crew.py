@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
 
 from judges.options import AskOptions
 from judges.plugins import plugin_files
 from pipeline.config import Config
 from pipeline.handles import Handle
+from pipeline.replica import Replica
+from pipeline.run_directory import CONFIG_FILE
+from pipeline.tracking import Listener
+from workers.places import is_url
+from workers.worker_log import LogPlace, log_place
+
+Say: TypeAlias = Callable[[str], object]
+"""Told what a person should know of how it goes."""
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerPlan:
     """How to build one worker, wherever it will run: called there, with these CPU threads.
 
-    ``build`` imports what it needs (torch, a judge's library) only when it is called. ``cpus`` and
-    ``gpus`` are what a scheduler sets aside for it. The methods named in ``beside`` run in order
-    among themselves but beside the others, on a thread of their own, where there are threads.
+    ``build`` imports what it needs (torch, a judge's library) only when it is called. ``cpus``,
+    ``gpus`` and ``custom`` resources are what a scheduler sets aside for it. The methods named in
+    ``beside`` run in order among themselves but beside the others, on a thread of their own, where
+    there are threads. ``log``: where its calls are written down; None: nowhere.
     """
 
     name: str
@@ -26,16 +35,32 @@ class WorkerPlan:
     threads: int
     cpus: int
     gpus: float = 0.0
+    custom: Mapping[str, float] = field(default_factory=dict)
     beside: frozenset[str] = frozenset()
+    log: LogPlace | None = None
+
+    @property
+    def resources(self) -> dict[str, float]:
+        """All that is set aside for it, by Ray's names."""
+        return {"CPU": float(self.cpus), "GPU": self.gpus, **self.custom}
 
 
 @dataclass(frozen=True, slots=True)
 class CrewPlan:
-    """Every worker of a run."""
+    """Every worker of a run.
+
+    The first ``required`` generators must be there when it starts, all of them where they may not
+    come and go (not ``elastic``). ``learner_processes`` are placed alike. ``run`` is its name.
+    """
 
     generators: tuple[WorkerPlan, ...]
     judges: tuple[WorkerPlan, ...]
     learner: WorkerPlan
+    required: int
+    elastic: bool = False
+    learner_processes: int = 1
+    placement: Literal["apart", "colocated"] = "apart"
+    run: str = ""
 
     @property
     def workers(self) -> tuple[WorkerPlan, ...]:
@@ -44,11 +69,16 @@ class CrewPlan:
 
 @dataclass(frozen=True, slots=True)
 class Crew:
-    """The workers of a run, started."""
+    """The workers of a run, started.
+
+    ``listeners`` are told of each record, beside those that every run has: they show it where the
+    workers are. They are built for the run's generators.
+    """
 
     generators: tuple[Handle, ...]
     judges: tuple[Handle, ...]
     learner: Handle
+    listeners: Callable[[Sequence[Replica]], Sequence[Listener]] = lambda _: ()
 
 
 def plan_crew(cfg: Config, generator_threads: int, learner_threads: int) -> CrewPlan:
@@ -88,6 +118,10 @@ def plan_crew(cfg: Config, generator_threads: int, learner_threads: int) -> Crew
         )
 
     files = plugin_files(judge.name for judge in judges_of(cfg).values())
+    url = cfg.run_place if is_url(cfg.run_place) else None
+
+    def log(worker: str) -> LogPlace:
+        return log_place(cfg.run_dir, cfg.run.name, worker, cfg.run_dir / CONFIG_FILE, url)
 
     def judge() -> Any:
         from judges.plugins import SHIPPED
@@ -110,16 +144,51 @@ def plan_crew(cfg: Config, generator_threads: int, learner_threads: int) -> Crew
                 generator_threads,
                 cpus=1,
                 gpus=cfg.generator.gpus,
+                custom=cfg.generator.resources,
                 beside=frozenset({"load", "prove"} if cfg.generator.in_flight_updates else ()),
+                log=log(f"generator {i}"),
             )
             for i in range(cfg.generator.replicas)
         ),
         judges=tuple(
-            WorkerPlan(f"judge {i}", judge, cfg.judge.threads, cpus=0, gpus=cfg.judge.gpus)
+            WorkerPlan(
+                f"judge {i}",
+                judge,
+                cfg.judge.threads,
+                cpus=0,
+                gpus=cfg.judge.gpus,
+                custom=cfg.judge.resources,
+                log=log(f"judge {i}"),
+            )
             for i in range(cfg.judge.replicas)
         ),
-        learner=WorkerPlan("learner", learner, learner_threads, int(overlapping), cfg.learner.gpus),
+        learner=WorkerPlan(
+            "learner",
+            learner,
+            learner_threads,
+            cpus=int(overlapping),
+            gpus=cfg.learner.gpus,
+            custom=cfg.learner.resources,
+            log=log("learner"),
+        ),
+        required=cfg.generator.min_replicas or cfg.generator.replicas,
+        elastic=cfg.generator.min_replicas is not None,
+        learner_processes=cfg.learner.workers,
+        placement=cfg.cluster.placement,
+        run=cfg.run.name,
     )
+
+
+def unwritten_logs(plan: CrewPlan) -> list[str]:
+    """What to say of workers whose log is not in the run directory as it is seen here."""
+    there = (plan.learner, *plan.generators[: plan.required], *plan.judges)
+    logs = [worker.log for worker in there if worker.log is not None and worker.log.url is None]
+    return [
+        f"no log of {log.worker} ({log.path}): its machine does not see the run directory, or "
+        "could not write there"
+        for log in logs
+        if not log.path.is_file()
+    ]
 
 
 def judges_of(cfg: Config) -> Mapping[str, AskOptions]:

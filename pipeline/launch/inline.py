@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 from pipeline.handles import Future
 from pipeline.launch.crew import Crew, CrewPlan, WorkerPlan
 from workers.threads import apply_threads
+from workers.worker_log import Hosted
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,15 +53,24 @@ class InlineHandle:
                 return arg
             values.append(arg.value if isinstance(arg, _Done) else arg)
         try:
-            return _Done(getattr(self._worker, method)(*values))
+            return _Done(self._hosted.call(method, tuple(values)))
         except Exception as error:  # noqa: BLE001 (as an actor's: none is swallowed)
             return _Failed(error)
+
+    def begin_anew(self) -> None:
+        """Build the worker anew: nothing else runs meanwhile."""
+        self.restart()
+
+    def here(self) -> bool:
+        """It is built in the constructor."""
+        return True
 
     def restart(self) -> None:
         """Build the worker anew."""
         apply_threads(self._plan.threads)
-        self._worker: Any = None
-        self._worker = self._plan.build()
+        plan = self._plan
+        self._hosted: Any = None
+        self._hosted = Hosted(plan.build, plan.log, plan.threads, plan.gpus)
 
 
 @contextmanager

@@ -1,24 +1,24 @@
-"""The workers as Ray actors on this machine. The only file that imports Ray."""
+"""The workers as Ray actors, on this machine or on a cluster's nodes."""
 
 from __future__ import annotations
 
-import contextlib
-import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from judges.errors import UserError
 from pipeline.handles import Future, WorkerDied
-from pipeline.launch.crew import Crew, CrewPlan, WorkerPlan
+from pipeline.launch.crew import Crew, CrewPlan, Say, WorkerPlan
+from pipeline.launch.ray_cluster import Seating, ray_session, seated
+from pipeline.launch.ray_metrics import RayMetrics
+from pipeline.placement import groups_of, lay_out
 from workers.threads import thread_environment
-
-CHECKOUT = Path(__file__).resolve().parents[2]
 
 BESIDE = "beside"
 """The concurrency group of the calls that run beside an actor's others."""
+
+PATIENCE = 10.0
+"""Seconds between two looks at whether a worker that is not there yet can still come."""
 
 
 class _Actor:
@@ -26,17 +26,19 @@ class _Actor:
 
     def __init__(self, plan: WorkerPlan) -> None:
         self._plan = plan
-        self._worker: Any = None
+        self._hosted: Any = None
 
     def call(self, method: str, *args: Any) -> Any:
-        return getattr(self._worker, method)(*args)
+        return self._hosted.call(method, args)
 
     def build(self) -> None:
         """Build the worker: not in the constructor, whose errors Ray tells nobody."""
         from workers.threads import apply_threads
+        from workers.worker_log import Hosted
 
-        apply_threads(self._plan.threads)
-        self._worker = self._plan.build()
+        plan = self._plan
+        apply_threads(plan.threads)
+        self._hosted = Hosted(plan.build, plan.log, plan.threads, plan.gpus)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,21 +55,31 @@ class _RayFuture:
             raise error.cause from error
         except ray.exceptions.RayActorError as error:
             raise WorkerDied(f"the process of {self.worker} ended") from error
+        except ray.exceptions.ObjectLostError as error:
+            raise WorkerDied(f"what {self.worker} answered was lost with its node") from error
 
 
 class RayHandle:
     """An actor. Its calls run in the order in which they were submitted."""
 
-    def __init__(self, plan: WorkerPlan) -> None:
+    def __init__(self, plan: WorkerPlan, seating: Seating) -> None:
         self._plan = plan
+        self._seating = seating
         self._begin()
 
     def _begin(self) -> None:
-        self._actor = _start(self._plan)
+        self._actor = _start(self._plan, self._seating.options(self._plan))
         self._built = _RayFuture(self._plan.name, self._actor.build.remote())
 
     def ready(self) -> None:
-        """Wait until the worker is built; what its building raises is raised here."""
+        """Wait until the worker is built; what its building raises is raised here.
+
+        Raises WorkerDied where no node that is left has room for it.
+        """
+        import ray
+
+        while not ray.wait([self._built.reference], timeout=PATIENCE)[0]:
+            self._seating.refuse_lost_room(self._plan)
         self._built.result()
 
     def submit(self, method: str, *args: object) -> Future[Any]:
@@ -80,82 +92,58 @@ class RayHandle:
 
     def restart(self) -> None:
         """End the actor, if it still lives, and start another."""
+        self.begin_anew()
+        self.ready()
+
+    def begin_anew(self) -> None:
+        """As ``restart``, without waiting for it: ``here`` tells."""
         import ray
 
         ray.kill(self._actor)
         self._begin()
-        self.ready()
+
+    def here(self) -> bool:
+        """Whether the worker is built. Raises what its building raised, or WorkerDied."""
+        import ray
+
+        if not ray.wait([self._built.reference], timeout=0)[0]:
+            return False
+        self._built.result()
+        return True
 
 
 @contextmanager
-def ray_crew(plan: CrewPlan) -> Iterator[Crew]:
-    """Start Ray on this machine, the workers in it, and end both.
+def ray_crew(plan: CrewPlan, address: str, wait_minutes: float, say: Say) -> Iterator[Crew]:
+    """Start Ray on this machine, or join a cluster; start the workers in it, and end them.
 
-    Raises UserError before anything is started when the machine has too few cores.
+    Raises UserError when the cluster does not answer, or when it has no room for them, with what
+    is missing and what there is.
     """
-    refuse_too_few_cores(plan, len(os.sched_getaffinity(0)))
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # of calls that are made again
-    import ray
-
-    # Ray puts the directory it was started from first on its workers' import path. Ours must be
-    # it: a user's folder may hold a `judges/` too.
-    with contextlib.chdir(CHECKOUT):
-        ray.init(
-            address="local",
-            num_cpus=len(os.sched_getaffinity(0)),
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="ERROR",
-        )
-    try:
-        refuse_missing_gpus(plan, ray.cluster_resources().get("GPU", 0.0))
-        handles = {worker.name: RayHandle(worker) for worker in plan.workers}
-        for handle in handles.values():
-            handle.ready()
-        yield Crew(
-            generators=tuple(handles[worker.name] for worker in plan.generators),
-            judges=tuple(handles[worker.name] for worker in plan.judges),
-            learner=handles[plan.learner.name],
-        )
-    finally:
-        ray.shutdown()
+    with ray_session(address) as nodes:
+        groups = groups_of(plan)
+        layout = nodes.wait_for(lambda there: lay_out(groups, there), wait_minutes, say)
+        with seated(plan, groups, nodes, say) as seating:
+            handles = {worker.name: RayHandle(worker, seating) for worker in plan.workers}
+            for name, handle in handles.items():
+                if name not in layout.absent:
+                    handle.ready()
+            yield Crew(
+                generators=tuple(handles[worker.name] for worker in plan.generators),
+                judges=tuple(handles[worker.name] for worker in plan.judges),
+                learner=handles[plan.learner.name],
+                listeners=lambda generators: [RayMetrics(plan.run, generators, len(plan.judges))],
+            )
 
 
-def _start(worker: WorkerPlan) -> Any:
+def _start(worker: WorkerPlan, placing: Mapping[str, Any]) -> Any:
     import ray
 
     options = {
         "num_cpus": worker.cpus,
         "num_gpus": worker.gpus,
+        "resources": dict(worker.custom),
         "runtime_env": {"env_vars": thread_environment(worker.threads)},
+        **placing,
     }
     groups = {"concurrency_groups": {BESIDE: 1}} if worker.beside else {"num_cpus": worker.cpus}
     return ray.remote(**groups)(_Actor).options(**options).remote(worker)
-
-
-def refuse_missing_gpus(plan: CrewPlan, gpus: float) -> None:
-    """Raises UserError when the workers set aside more GPUs than there are."""
-    wanted = sum(worker.gpus for worker in plan.workers)
-    if wanted > gpus:
-        each, judges = plan.generators[0].gpus, plan.judges[0].gpus * len(plan.judges)
-        judging = f", judge.gpus={plan.judges[0].gpus:g}" if judges else ""
-        raise UserError(
-            f"generator.gpus={each:g}, generator.replicas={len(plan.generators)}, learner.gpus="
-            f"{plan.learner.gpus:g}{judging}: they need {wanted:g} GPUs, this machine has "
-            f"{gpus:g}; give "
-            "them less (fractions of generator.gpus share one), or 0 to run on the CPU"
-        )
-
-
-def refuse_too_few_cores(plan: CrewPlan, cores: int) -> None:
-    """Raises UserError when the workers set aside more cores than there are."""
-    wanted = sum(worker.cpus for worker in plan.workers)
-    if wanted > cores:
-        learner = " and the learner" if plan.learner.cpus else ""
-        raise UserError(
-            f"generator.replicas={len(plan.generators)}: {len(plan.generators)} generators"
-            f"{learner} need {wanted} cores, this machine has {cores}; lower generator.replicas, "
-            "or run in one process with cluster.address=inline"
-        )

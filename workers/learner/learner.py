@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,6 +42,7 @@ from workers.models.lora import (
     write_adapter,
 )
 from workers.options import PolicyOptions
+from workers.places import StorageFailed, to_read, to_write
 from workers.sampler import logprobs_of
 from workers.weight_sync.buckets import Receipt, WeightPush
 from workers.weight_sync.staging import Staging
@@ -257,23 +259,31 @@ class Learner:
         """What a generator's receipt must say after the last push."""
         return self._sent
 
-    def save(self, directory: Path) -> None:
-        """Write policy, reference, optimizer and the objective's memory: ``load`` goes on bit for
-        bit."""
-        torch.save(
-            {
-                "version": self.version,
-                "policy": model_state(self._policy),
-                "reference": self._reference and self._reference.state(),
-                "optimizer": self._optimizer.state_dict(),
-                "loss": self._loss.state(),
-            },
-            directory / "learner.pt",
-        )
+    def look(self, place: str) -> tuple[str, str]:
+        """This machine's name, and the text at a place (a path or a URL), or why it is unread."""
+        try:
+            with to_read(place) as path:
+                return socket.gethostname(), path.read_text()
+        except (OSError, UserError, StorageFailed) as error:
+            return socket.gethostname(), " ".join(str(error).split())
 
-    def load(self, directory: Path) -> int:
+    def save(self, place: str | Path) -> None:
+        """Write policy, reference, optimizer and the objective's memory: ``load`` goes on bit for
+        bit. The place is a directory or a URL."""
+        state = {
+            "version": self.version,
+            "policy": model_state(self._policy),
+            "reference": self._reference and self._reference.state(),
+            "optimizer": self._optimizer.state_dict(),
+            "loss": self._loss.state(),
+        }
+        with to_write(f"{place}/learner.pt") as path:
+            torch.save(state, path)
+
+    def load(self, place: str | Path) -> int:
         """Take up a checkpoint's state; returns its version."""
-        state = torch.load(directory / "learner.pt", map_location="cpu", weights_only=True)
+        with to_read(f"{place}/learner.pt") as path:
+            state = torch.load(path, map_location="cpu", weights_only=True)
         load_model_state(self._policy, state["policy"])
         if self._reference is not None:
             self._reference.load(state["reference"])
@@ -285,23 +295,26 @@ class Learner:
     def adopt(self, policy: PolicyOptions, version: int) -> None:
         """Take the weights of another model of the same shape as the policy's.
 
-        With LoRA its adapters, as ``export`` wrote them: a push carries no other base. Raises
-        UserError if they are not there or do not fit.
+        It may stand under a URL. With LoRA its adapters, as ``export`` wrote them: a push carries
+        no other base. Raises UserError if they are not there or do not fit.
         """
-        if self._lora is None:
-            self._policy.load_state_dict(load_policy(policy).state_dict())
-        else:
-            read_adapter(self._policy, Path(policy.model) / "adapter")
+        with to_read(policy.model) as path:
+            if self._lora is None:
+                here = policy.model_copy(update={"model": str(path)})
+                self._policy.load_state_dict(load_policy(here).state_dict())
+            else:
+                read_adapter(self._policy, path / "adapter")
         self.version = version
 
-    def export(self, directory: Path) -> None:
+    def export(self, place: str | Path) -> None:
         """Write the policy in Hugging Face format (weights and config, safetensors).
 
         With LoRA the adapters are merged into it; ``adapter/`` holds them alone in PEFT's format.
         """
-        merged(self._policy).save_pretrained(directory)
-        if self._lora is not None:
-            write_adapter(self._policy, self._lora, self._base_model, directory / "adapter")
+        with to_write(str(place)) as directory:
+            merged(self._policy).save_pretrained(directory)
+            if self._lora is not None:
+                write_adapter(self._policy, self._lora, self._base_model, directory / "adapter")
 
 
 def device_of(gpus: float) -> torch.device:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from judges.tagged_union import TaggedUnion
-from workers.interval import Interval
+from workers.interval import Interval, Positive
 
 
 class ReferenceSchedule(BaseModel):
@@ -68,12 +68,19 @@ class LearnerOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    workers: Literal[1] = Field(default=1, description="Learner processes (only one is built yet)")
+    workers: int = Field(
+        default=1,
+        ge=1,
+        description="Learner processes; `freshpairs plan` lays out more, a run has one as yet",
+    )
     threads: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         default="auto", description="CPU threads; auto = its fair share of the cores"
     )
     gpus: float = Field(
         default=0.0, ge=0.0, le=1.0, description="GPU to learn on, or a share of one; 0 = the CPU"
+    )
+    resources: dict[str, Positive] = Field(
+        default_factory=dict, description="Custom resources of the cluster that each process needs"
     )
     optimizer: Literal["adamw"] = Field(default="adamw", description="Optimizer")
     learning_rate: float = Field(default=1e-6, gt=0.0, description="Peak learning rate")

@@ -1,0 +1,1 @@
+"""What a config will take before it is run: layout, memory, time; the loop in virtual time."""
