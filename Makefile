@@ -8,7 +8,7 @@ DEV      := .venv/.installed-dev
 BENCH    := .venv/.installed-bench
 VLLM     := .venv/.installed-vllm
 
-.PHONY: help quickstart quickstart-vllm install install-vllm install-browser test test-slow test-vllm test-browser check bench bench-vllm clean
+.PHONY: help quickstart quickstart-vllm install install-vllm install-browser test test-slow test-vllm test-browser check lint-docker bench bench-vllm clean
 
 help:
 	@echo "make quickstart   install, fetch a 15 M-parameter model, align it (minutes, 2 cores)"
@@ -56,6 +56,12 @@ check: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+lint-docker: $(DEV)
+	$(BIN)/hadolint docker/Dockerfile
+	$(BIN)/shellcheck docker/*.sh .ci/run
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker/compose*.yaml
+	$(BIN)/kubernetes-validate --strict docker/kuberay/runs.yaml
 
 bench: $(BENCH)
 	$(BIN)/python benchmarks/end_to_end.py
