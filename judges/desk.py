@@ -48,12 +48,15 @@ class Desk:
     """Builds judges, each once a process.
 
     ``folder`` is where they keep what they must (the run's directory; None: nowhere), ``replicas``
-    how many processes share their limits, ``build_client`` makes what an AI judge asks.
+    how many processes share their limits, ``build_client`` makes what an AI judge asks. ``url`` is
+    the run's, where it is in object storage: then each machine has a folder of its own, and the
+    account of what was spent is in the file of ``judge.cache``.
     """
 
     build_client: BuildClient
     folder: Path | None = None
     replicas: int = 1
+    url: str | None = None
     functions: Functions = field(default_factory=Functions)
 
     def asker(
@@ -108,7 +111,10 @@ class Desk:
             judge = replace(judge, identity=(*judge.identity, _asked_model(options.client)))
         if members:
             judge = replace(judge, members=tuple(members))
+            keeps_account = self._keeps_account(options) and budget not in (None, BudgetOptions())
             for name in OF_MEMBERS:
+                if name == "cache" and keeps_account:
+                    continue
                 if getattr(options, name) != AskOptions.model_fields[name].default:
                     raise UserError(
                         f"{section}.{name}: {options.name} asks its members: write it there"
@@ -141,7 +147,13 @@ class Desk:
         budget = budget or BudgetOptions()
         if self.folder is None or (options.client is None and budget == BudgetOptions()):
             return None
+        if self._keeps_account(options):
+            return Account(Path(options.cache), f"{self.url} {options.title}", budget)
         return Account(self.folder / "judge.sqlite", options.title, budget)
+
+    def _keeps_account(self, options: AskOptions) -> bool:
+        """Whether the account is where the judge's answers are kept, which runs may share."""
+        return self.url is not None and options.cache not in (AUTO, OFF)
 
 
 def store_name(options: AskOptions) -> str:

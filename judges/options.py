@@ -70,7 +70,8 @@ class AskOptions(BaseModel):
         default=AUTO,
         description="Where answers are kept so that no question is paid twice: auto = the run's "
         "directory, for judges that ask over HTTP or have a budget; off; or a file's path, for any "
-        "judge, shared by runs",
+        "judge, shared by runs; with a budget and a run in object storage a path that every judge "
+        "worker sees",
     )
 
     @property
@@ -94,7 +95,7 @@ def is_implicit(judge: AskOptions) -> bool:
     return judge.name == "implicit_reward" and "policy" not in judge.args
 
 
-def _served_clients(client: object, args: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+def served_clients(client: object, args: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """The clients over HTTP of a judge and, where it has any, of its members."""
     if isinstance(client, OpenAIOptions):
         yield client.model_dump()
@@ -104,7 +105,7 @@ def _served_clients(client: object, args: Mapping[str, Any]) -> Iterator[Mapping
     for member in [*(members if isinstance(members, list) else []), args.get("judge")]:
         if isinstance(member, Mapping):
             inner = member.get("args")
-            yield from _served_clients(
+            yield from served_clients(
                 member.get("client"), inner if isinstance(inner, Mapping) else {}
             )
 
@@ -162,7 +163,7 @@ class JudgeOptions(AskOptions):
 
     @model_validator(mode="after")
     def _budget_fits(self) -> JudgeOptions:
-        clients = list(_served_clients(self.client, self.args))
+        clients = list(served_clients(self.client, self.args))
         prices = ("usd_per_million_input", "usd_per_million_output")
         priced = all(client.get(price) is not None for client in clients for price in prices)
         if self.budget.usd is not None and not (clients and priced):

@@ -72,7 +72,7 @@ def resume(
         list[str] | None,
         typer.Argument(
             metavar="[KEY.PATH=VALUE]…",
-            help="What stopped it: judge.budget.…, drift.stop.… (or warn)",
+            help="What stopped it: judge.budget.…, drift.stop.… (or warn); or cluster.…",
         ),
     ] = None,
     address: Address = None,
@@ -92,9 +92,14 @@ def resume(
             *(address, detach, env, runtime_env),
         )
         return
+    options = {"--detach": detach, "--env": env, "--runtime-env": runtime_env}
+    if alone := [option for option, given in options.items() if given]:
+        raise UserError(
+            f"{', '.join(alone)}: of a job on a cluster: give its --address, or leave it out"
+        )
     from pipeline.run_directory import read_run_config
 
-    cfg, _ = read_run_config(run_dir)
+    cfg, _ = read_run_config(run_dir, overrides or [])
     one_process_environment(cfg.cluster.address)
     from pipeline import job
 

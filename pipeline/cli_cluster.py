@@ -162,6 +162,7 @@ def send(
         environment = runtime_environment(submission.folder, runtime_env, env or [])
         name = submission_id(submission.name, datetime.now())
         with _connected(url) as jobs:
+            _refuse_beside(jobs, submission.run_dir)
             typer.echo(f"sending {told_size(submission.size)} to {url} …")
             jobs.submit(name, submission.entrypoint, environment, submission.metadata)
     typer.echo(f"submitted {name}, which writes to {submission.run_dir}")
@@ -170,6 +171,16 @@ def send(
     if not detach:
         with _connected(url) as jobs:
             followed(jobs, name)
+
+
+def _refuse_beside(jobs: Jobs, run_dir: str) -> None:
+    """Raises UserError where a job that has not ended is at this run."""
+    for job in jobs.all():
+        if job.run_dir == run_dir and not job.ended:
+            raise UserError(
+                f"{run_dir}: {job.name} is at it: `freshpairs stop {job.name} --address "
+                f"{jobs.address}` first"
+            )
 
 
 def followed(jobs: Jobs, name: str) -> None:

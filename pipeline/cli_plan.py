@@ -33,8 +33,8 @@ def plan(
         typer.Option("--address", help="A running cluster, whose nodes are taken: auto, ray://…"),
     ] = None,
     from_: Annotated[
-        Path | None,
-        typer.Option("--from", metavar="RUN_DIR", help="Take what a run's rounds took."),
+        str | None,
+        typer.Option("--from", metavar="RUN_DIR", help="Take what rounds of a run took."),
     ] = None,
     rates: Annotated[
         str | None,
@@ -58,7 +58,8 @@ def plan(
 ) -> None:
     """Lay a config out: memory of every worker, the round's time, what more generators bring.
 
-    Without --from, --rates or --gpu its own workers are timed here for about a minute.
+    Without --from, --rates or --gpu its own workers are timed here for some minutes, and its judge
+    is asked about three rounds of completions: one that costs money is paid.
     """
     from pipeline.config import load_config
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from pipeline.config import Config
 
 CHECKOUT = Path(__file__).resolve().parent.parent
+PACKAGES = ("pipeline", "workers", "judges")
+"""Ours, in the checkout."""
 
 Kind: TypeAlias = Literal["plugin", "data", "arg", "model", "place"]
 """A plug-in's spec; rows, or a hub's data set; an arg that may be a file; a model; what is written.
@@ -106,11 +108,13 @@ def find_model(name: str, base: Path) -> Path | None:
 
 def judge_files(judge: AskOptions, change: Change, key: str) -> dict[str, Any]:
     """What of a judge's options changes: plug-in, files in args, cache, client's model."""
+    store = judge.args.get("store") if judge.name == "human" else None
+    read = {name: value for name, value in judge.args.items() if store is None or name != "store"}
     found: dict[str, Any] = {
         "name": _plugin(judge.name, change, f"{key}.name"),
-        "args": _arg_files(judge.args, change, f"{key}.args"),
+        "args": _arg_files(read, change, f"{key}.args"),
     }
-    if judge.name == "human" and isinstance(store := judge.args.get("store"), str):
+    if isinstance(store, str):
         found["args"]["store"] = change("place", store, f"{key}.args.store")
     if judge.cache not in (AUTO, OFF):
         found["cache"] = change("place", judge.cache, f"{key}.cache")

@@ -40,6 +40,7 @@ from pipeline.report import Sample
 from pipeline.run_directory import (
     CONFIG_FILE,
     create_run_directory,
+    driven,
     read_run_config,
     refuse_existing_run,
     write_run_config,
@@ -57,7 +58,7 @@ if TYPE_CHECKING:
 
 SAMPLES_SHOWN = 3
 
-MAY_CHANGE = ("judge.budget", "drift.stop", "drift.warn")
+MAY_CHANGE = ("judge.budget", "drift.stop", "drift.warn", "cluster.")
 """What a resumed run may be told anew: it changes no number of the run up to there."""
 
 
@@ -85,9 +86,11 @@ def run(cfg: Config, *, quiet: bool = False) -> RunResult:
     refuse_existing_run(cfg.run_place)
     inputs = check_inputs(cfg)
     cfg = settled(cfg)
-    storage_of(cfg).prepare()
     generator, learner = threads_of(cfg, cores())
-    return _run(cfg, inputs, {"generator": generator, "learner": learner}, True, quiet)
+    threads = {"generator": generator, "learner": learner}
+    with driven(cfg) as notes:
+        storage_of(cfg).prepare()
+        return _run(cfg, inputs, threads, notes, True, quiet)
 
 
 def settled(cfg: Config) -> Config:
@@ -101,22 +104,23 @@ def resume(run_dir: str | Path, overrides: Sequence[str] = (), *, quiet: bool = 
     """Go on with a run that stopped or was killed: same losses and weights as uninterrupted.
 
     Rounds that reached the ledger are reused; metrics are cut back to the checkpoint.
-    ``overrides`` of what stopped it (``MAY_CHANGE``) are kept in the run's config; UserError for
-    any other.
+    ``overrides`` of what stopped it, or of where it runs (``MAY_CHANGE``), are kept in the run's
+    config; UserError for any other, and where another process is at it.
     """
     for override in overrides:
         if not override.startswith(MAY_CHANGE):
             raise UserError(
-                f"{override}: a run goes on as it began; only judge.budget, drift.stop and "
-                "drift.warn may change: start another run for anything else"
+                f"{override}: a run goes on as it began; only judge.budget, drift.stop, "
+                "drift.warn and cluster may change: start another run for anything else"
             )
     cfg, recorded = read_run_config(run_dir, overrides)
-    storage_of(cfg).fetch()
-    if overrides:
-        write_run_config(cfg, recorded)
-    if has_policy(cfg):
-        raise UserError(f"{run_dir}: this run is finished; its policy is in {run_dir}/policy")
-    return _run(cfg, check_inputs(cfg), recorded["threads"], False, quiet)
+    with driven(cfg) as notes:
+        storage_of(cfg).fetch()
+        if overrides:
+            write_run_config(cfg, recorded)
+        if has_policy(cfg):
+            raise UserError(f"{run_dir}: this run is finished; its policy is in {run_dir}/policy")
+        return _run(cfg, check_inputs(cfg), recorded["threads"], notes, False, quiet)
 
 
 def evaluate(cfg: Config, *, say: Callable[[str], object] = print) -> RunResult:
@@ -160,7 +164,14 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _run(cfg: Config, inputs: Inputs, threads: dict[str, int], new: bool, quiet: bool) -> RunResult:
+def _run(
+    cfg: Config,
+    inputs: Inputs,
+    threads: dict[str, int],
+    notes: Sequence[str],
+    new: bool,
+    quiet: bool,
+) -> RunResult:
     plan = plan_crew(cfg, threads["generator"], threads["learner"])
     with ExitStack() as stack:
         stack.push(_say_how_to_resume(cfg))
@@ -176,11 +187,12 @@ def _run(cfg: Config, inputs: Inputs, threads: dict[str, int], new: bool, quiet:
         storage.check_seen_by(learner)
         if new:
             create_run_directory(cfg, threads)
-        for note in learner.notes():
+        for note in (*notes, *learner.notes()):
             progress.say(note)
 
         drift = Drift(is_averaged(cfg.reference), inputs.probes)
-        replicas = replicas_of(cfg, crew, inputs, progress.say)
+        stop = Stop(cfg.run_place)
+        replicas = replicas_of(cfg, crew, inputs, progress.say, stop)
         listeners = [progress, *crew.listeners(replicas)]
         tracker = Tracker(cfg.run_dir, cfg.tracking, listeners, storage)
         stack.callback(tracker.close)
@@ -195,7 +207,7 @@ def _run(cfg: Config, inputs: Inputs, threads: dict[str, int], new: bool, quiet:
         sync = WeightSync([*replicas, *judges.given_weights], inputs.probe_ids())
         if isinstance(inputs.prompts, GivenPairs):
             _say_of_given_pairs(cfg, inputs, inputs.prompts, replicas, learner, sync, progress)
-        stop = stack.enter_context(Stop(cfg.run_place))
+        stack.enter_context(stop)
         loop.run(
             cfg,
             rollout=rounds_of(cfg, inputs.prompts, replicas, judges, selection),

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from math import inf
 from typing import TYPE_CHECKING
 
+from judges.budget import BudgetOptions
 from judges.errors import UserError
 from judges.model_clients import PolicyClientOptions
-from judges.options import AskOptions, is_implicit
+from judges.options import AUTO, OFF, AskOptions, is_implicit
 from pipeline.handles import Handle
 from pipeline.human_pages import people_of
 from pipeline.resampling import Dial, whole_run
@@ -32,6 +33,7 @@ def check_judge(cfg: Config) -> None:
     _check_titles(cfg)
     _check_implicit(cfg)
     _check_human(cfg)
+    _check_budget(cfg)
     has_reference = cfg.objective.needs.reference or cfg.drift.reference
     by_margin = judge.select == "uncertainty" and not judge.select_by
     implicit = any(is_implicit(asked) for asked in (judge, *cfg.evaluation.judges))
@@ -107,6 +109,17 @@ def _check_human(cfg: Config) -> None:
             )
 
 
+def _check_budget(cfg: Config) -> None:
+    """What was spent must be known to every judge worker, and to a run that goes on elsewhere."""
+    budgeted = cfg.judge.budget != BudgetOptions()
+    if budgeted and is_url(cfg.run_place) and cfg.judge.cache in (AUTO, OFF):
+        raise UserError(
+            f"judge.cache={cfg.judge.cache}: judge.budget is counted in its file, and "
+            f"run.dir={cfg.run_place} holds none: give judge.cache a path that every judge worker "
+            "sees, on a disk that lasts"
+        )
+
+
 def _check_titles(cfg: Config) -> None:
     """Two judges of one title must be the same judge."""
     second = [] if cfg.judge.second is None else [cfg.judge.second]
@@ -117,11 +130,17 @@ def _check_titles(cfg: Config) -> None:
     }
     titles: dict[str, tuple[object, ...]] = {cfg.judge.title: _asked(cfg.judge)}
     for section, judge in ((name, one) for name, several in sections.items() for one in several):
-        bare = not judge.model_fields_set - {"name"}
-        same = judge.title in titles and (bare or titles[judge.title] == _asked(judge))
+        same = judge.title in titles and (_is_bare(judge) or titles[judge.title] == _asked(judge))
         if judge.title in titles and not same:
             raise UserError(f"{section}: {judge.title} stands for two judges: give one an alias")
         titles.setdefault(judge.title, _asked(judge))
+
+
+def _is_bare(judge: AskOptions) -> bool:
+    """Whether it is a name and nothing else, also when a kept config spells the rest out."""
+    return judge.model_copy(update={"alias": None}).model_dump() == (
+        AskOptions(name=judge.name).model_dump()
+    )
 
 
 def _asked(judge: AskOptions) -> tuple[object, ...]:

@@ -10,9 +10,10 @@ from typing import Any
 from pipeline.config import Config
 from pipeline.learner import RemoteLearner
 from pipeline.resampling_options import ALL, EarlyOptions
-from pipeline.storage import files_of, storage_of
+from pipeline.storage import storage_of
 from pipeline.tracking import metrics
 from workers.learner.options import ReferenceSchedule
+from workers.places import files_of
 
 CARD_FILE = "README.md"
 """Is written last: with it, a policy is whole."""

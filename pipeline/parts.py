@@ -24,6 +24,7 @@ from pipeline.prompts import PromptStream
 from pipeline.replica import Replica
 from pipeline.rollout import Rollout, RoundSource, UnitSize
 from pipeline.selection import Selection
+from pipeline.stopping import Stop
 from pipeline.storage import storage_of
 from workers.messages import Prompt
 
@@ -68,16 +69,18 @@ def progress_of(cfg: Config, quiet: bool) -> Progress:
     )
 
 
-def replicas_of(cfg: Config, crew: Crew, inputs: Inputs, say: Say) -> list[Replica]:
+def replicas_of(
+    cfg: Config, crew: Crew, inputs: Inputs, say: Say, stop: Stop | None = None
+) -> list[Replica]:
     """The generators, as they are mended when they fail, or stand in for each other.
 
-    ``say`` is told of those that leave and join, where they may.
+    ``say`` is told of those that leave and join, where they may; ``stop`` ends the waiting for one.
     """
     limit = cfg.generator.gap_limit(cfg.policy)
     probe_ids = inputs.probe_ids()
     replicas = [Replica(i, handle, probe_ids, limit) for i, handle in enumerate(crew.generators)]
     if cfg.generator.min_replicas is not None:
-        Fleet(replicas, say)
+        Fleet(replicas, say, stop or Stop(cfg.run_place))
     return replicas
 
 

@@ -99,6 +99,13 @@ def check_asks(cfg: Config) -> None:
             f"generator.gpus={cfg.generator.gpus:g} and learner.gpus={cfg.learner.gpus:g}: give "
             "both a share of one, e.g. 0.5"
         )
+    together = cfg.generator.gpus + cfg.learner.gpus
+    if cfg.cluster.placement == "colocated" and together > 1.0:
+        raise UserError(
+            f"cluster.placement=colocated: generator.gpus={cfg.generator.gpus:g} and learner.gpus="
+            f"{cfg.learner.gpus:g} are {together:g} of the GPU that they share: give them at most "
+            "1 together, e.g. 0.5 each"
+        )
 
 
 def groups_of(plan: CrewPlan) -> tuple[Group, ...]:
@@ -109,7 +116,7 @@ def groups_of(plan: CrewPlan) -> tuple[Group, ...]:
     """
     learners = [(name, plan.learner) for name in learner_names(plan.learner_processes)]
     required = [(worker.name, worker) for worker in plan.generators[: plan.required]]
-    more = [(worker.name, worker) for worker in plan.generators[plan.required :]]
+    more = [(worker.name, worker) for worker in plan.optional]
     shared = len(learners) if plan.placement == "colocated" else 0
     beside = [required[at : at + 1] if at < shared else [] for at in range(len(learners))]
     packed = [_bundle([own, *others]) for own, others in zip(learners, beside, strict=True)]

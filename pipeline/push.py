@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -27,8 +28,10 @@ from pipeline.export import export_pairs
 from pipeline.launch.crew import judges_of
 from pipeline.pair_card import TAG, pair_card, public_name
 from pipeline.run_directory import read_run_config
+from workers.places import files_of
 
 CARD = "README.md"
+ADAPTER = "adapter/adapter_config.json"
 PAIRS_FILE = "data/train-00000-of-00001.parquet"
 
 NOBODYS = {".gitattributes"}
@@ -104,7 +107,7 @@ def push(
             if repo is None:
                 repo = f"{user}/{cfg.run.name}"
                 _refuse_name("--repo", repo)
-            repositories = [Repository(repo, "model", _policy_files(cfg, policy))]
+            repositories = [Repository(repo, "model", _policy_files(cfg, run_dir))]
             if exported is not None:
                 card = pair_card(cfg, exported, repo).encode()
                 files: dict[str, Path | bytes] = {CARD: card, PAIRS_FILE: exported}
@@ -128,26 +131,51 @@ def _refuse_name(option: str, name: str | None) -> None:
         raise UserError(f"{option}={name}: a repository's name is OWNER/NAME")
 
 
-def _policy_files(cfg: Config, policy: Path) -> dict[str, Path | bytes]:
-    """All of RUN/policy; its card without what only this machine knows."""
-    paths = sorted(path for path in policy.rglob("*") if path.is_file())
-    files: dict[str, Path | bytes] = {str(path.relative_to(policy)): path for path in paths}
-    if CARD in files:
-        card = (policy / CARD).read_text()
-        public = _public_card(cfg, card)
-        if public != card:
-            files[CARD] = public.encode()
+def _policy_files(cfg: Config, run_dir: Path) -> dict[str, Path | bytes]:
+    """All of RUN/policy; its texts without what only this machine knows."""
+    named = {
+        cfg.policy.model,
+        *judges_of(cfg),
+        str(run_dir.absolute()),
+        str(cfg.run_dir.absolute()),
+    }
+    private = sorted((name for name in named if name.startswith("/")), key=len, reverse=True)
+    policy = run_dir / "policy"
+    files: dict[str, Path | bytes] = {}
+    for path in files_of(policy):
+        name = path.relative_to(policy).as_posix()
+        text = _text_of(path)
+        public = None if text is None else _public_text(cfg, name, text, private)
+        files[name] = path if public is None or public == text else public.encode()
     return files
 
 
-def _public_card(cfg: Config, card: str) -> str:
-    """The card with files by name; a hub takes a ``base_model`` only if it is one of its own."""
+def _text_of(path: Path) -> str | None:
+    """What a file says, or None where it is no text, as weights."""
+    with path.open("rb") as file:
+        if b"\0" in file.read(8192):
+            return None
+    try:
+        return path.read_bytes().decode()
+    except UnicodeDecodeError:
+        return None
+
+
+def _public_text(cfg: Config, name: str, text: str, private: Sequence[str]) -> str:
+    """The text with files by name, and with no base model that is not a hub's.
+
+    A path of one part (``/model``) tells nothing of a machine, and may be a word of a tokenizer.
+    """
     model = cfg.policy.model
     if model.startswith("/") or "/" not in model:
-        card = card.replace(f"base_model: {model}\n", "", 1)
-    for name in (model, *judges_of(cfg)):
-        card = card.replace(name, public_name(name))
-    return card
+        if name == CARD:
+            text = text.replace(f"base_model: {model}\n", "", 1)
+        if name == ADAPTER:  # null is PEFT's own default, where the base is given as a model
+            text = json.dumps(json.loads(text) | {"base_model_name_or_path": None}, indent=2)
+    for place in private:
+        if name == CARD or place.count("/") > 1:
+            text = text.replace(place, public_name(place))
+    return text
 
 
 def _exported(run_dir: Path, folder: Path) -> Path:

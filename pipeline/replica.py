@@ -32,10 +32,11 @@ class Shipment:
 
 @dataclass(slots=True, eq=False)
 class Delivery:
-    """A shipment as one replica takes it."""
+    """A shipment as one replica takes it; ``awaited`` by the weight sync, or by units alone."""
 
     replica: Replica
     shipment: Shipment
+    awaited: bool = True
     loaded: Future[Receipt] = field(init=False)
     proving: Future[Proof] = field(init=False)
     proof: Proof | None = None
@@ -52,8 +53,8 @@ class Delivery:
 class Unit:
     """A call's answer, on its way: a work unit's samples, or what a judge says of them.
 
-    ``prompts`` it is about. ``attempt`` counts the times it was asked for, ``lives`` the workers
-    that its replica had before the one that was asked last.
+    ``prompts`` it is about. ``attempt`` counts the times it was asked for, ``lost`` the replicas
+    that left with it, ``lives`` the workers that its replica had before the one asked last.
     """
 
     replica: Replica
@@ -61,6 +62,7 @@ class Unit:
     delivery: Delivery | None
     prompts: int = 0
     attempt: int = 0
+    lost: int = 0
     lives: int = 0
     owed: bool = True
     round: int | None = None
@@ -138,9 +140,13 @@ class Replica:
             self._handle.begin_anew()
         return self.present
 
-    def push(self, shipment: Shipment) -> Delivery:
+    def begin_anew(self) -> None:
+        """Start another worker in its place; ``arrive`` tells when it is built."""
+        self._handle.begin_anew()
+
+    def push(self, shipment: Shipment, *, awaited: bool = True) -> Delivery:
         """Send weights, in turn with the rounds; waits for nothing."""
-        delivery = Delivery(self, shipment)
+        delivery = Delivery(self, shipment, awaited)
         self._journal.append(delivery)
         self._trim()
         self._issue(delivery)
@@ -175,13 +181,13 @@ class Replica:
         newest = self.newest
         rests_on = None if unit.delivery is None else unit.delivery.shipment
         if rests_on is not None and newest is not rests_on:
-            self.push(rests_on)
+            self.push(rests_on, awaited=False)
         unit.replica = self
         unit.delivery = self._last_delivery()
         self._journal.append(unit)
         self._issue(unit)
         if newest is not None and newest is not rests_on:
-            self.push(newest)
+            self.push(newest, awaited=False)
 
     def replace(self) -> None:
         """Put another worker in the place of this one, and ask it for everything that is owed."""
@@ -193,7 +199,8 @@ class Replica:
 
     def rest(self) -> None:
         """Let it give an accelerator's memory back until its next call."""
-        self._handle.submit("rest")
+        if self.present:
+            self._handle.submit("rest")
 
     def oldest_version(self) -> int | None:
         """The oldest version whose weights a restart would need; None before the first push."""
@@ -252,10 +259,10 @@ class Replica:
         """Push again, or restart; then ask again for everything that is owed.
 
         Raises the error, with what was tried, after ``MENDS`` of them without a unit between. One
-        of a fleet that died leaves all that to the others.
+        of a fleet leaves all to the others instead of being waited for.
         """
         died = isinstance(error, WorkerDied)
-        if isinstance(error, WorkerDied) and self.fleet is not None:
+        if self.fleet is not None and (died or self._mends + 1 == MENDS):
             self._leave(self.fleet, error)
             return
         if self._mends == MENDS:
@@ -268,10 +275,10 @@ class Replica:
         else:
             self._reissue()
 
-    def _leave(self, fleet: Fleet, error: WorkerDied) -> None:
+    def _leave(self, fleet: Fleet, error: SyncError | WorkerDied) -> None:
         owed = [entry for entry in self._journal if isinstance(entry, Unit) and entry.owed]
         self._journal = []
-        self._deliveries = 0
+        self._deliveries = self._mends = 0
         self.pace = None
         self.lives += 1
         self.present = False
@@ -284,13 +291,14 @@ class Replica:
             self._issue(entry)
 
     def _trim(self) -> None:
-        """Forget what nothing waits for: units answered, deliveries proved of which none is owed.
+        """Forget what nothing waits for: units answered, deliveries that none of those owed rests
+        on and whose proof is there, or not awaited.
 
         The last delivery stays: a restarted worker needs its weights.
         """
         owed = [entry for entry in self._journal if isinstance(entry, Unit) and entry.owed]
         sources = {id(unit.delivery) for unit in owed}
         deliveries = [entry for entry in self._journal if isinstance(entry, Delivery)]
-        needed = {id(d) for d in deliveries if d.proof is None or id(d) in sources}
+        needed = {id(d) for d in deliveries if (d.awaited and d.proof is None) or id(d) in sources}
         needed |= {id(entry) for entry in (*owed, *deliveries[-1:])}
         self._journal = [entry for entry in self._journal if id(entry) in needed]

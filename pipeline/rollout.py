@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from pipeline.fleet import least_busy, those_here
+from pipeline.fleet import least_busy
 from pipeline.handles import Future
 from pipeline.judging import Judges, Judging, LearnerJudging
 from pipeline.learner import RemoteLearner
@@ -150,17 +150,15 @@ class Rollout:
         return self._judges.judge(self._judge_name, prompts, samples, selected, second)
 
     def assemble(self, index: int, version: int, units: Sequence[_Unit]) -> Round:
-        """Pair what came back into a round."""
+        """Pair what came back into a round.
+
+        All samples first: a lost generator is noticed, and its prompts sampled again, while the
+        judges are still at work.
+        """
         groups: list[PromptGroup] = []
         generate = judge = 0.0
         counts: Counter[str] = Counter()
-        for unit in units:
-            sampled = unit.sampled.result()
-            judging = unit.judged
-            if unit.attempt != unit.sampled.attempt:
-                judging.forget()
-                selected = self._selection.of(unit.prompts, sampled)
-                judging = self._judged(unit.prompts, sampled, selected)
+        for unit, sampled, judging in [self._sampled(unit) for unit in units]:
             judged = judging.result()
             generate += sampled.seconds
             judge += judged.seconds
@@ -174,15 +172,24 @@ class Rollout:
                 labels = self._pairing.labels(*judged_prompt)
                 groups.append(PromptGroup(prompt, tuple(completions), judgement, pairs, labels))
         if self._rest_between_rounds:
-            for replica in those_here(self._replicas):
+            for replica in self._replicas:
                 replica.rest()
         refuse_invalid_rounds(groups, self._max_invalid_share, self._judge_name)
         seconds = {
-            "generate": generate / len(self._replicas),
+            "generate": generate / max(1, sum(r.present for r in self._replicas)),
             "judge": judge / len(self._judges.replicas),
         }
         record = judging_record(counts, groups)
         return Round(index, version, tuple(groups), self._judge_name, seconds, judging=record)
+
+    def _sampled(self, unit: _Unit) -> tuple[_Unit, SampledUnit, Judging | LearnerJudging]:
+        """A unit's samples, and what is said of them; anew, where they were sampled again."""
+        sampled: SampledUnit = unit.sampled.result()
+        if unit.attempt == unit.sampled.attempt:
+            return unit, sampled, unit.judged
+        unit.judged.forget()
+        selected = self._selection.of(unit.prompts, sampled)
+        return unit, sampled, self._judged(unit.prompts, sampled, selected)
 
     def _check_versions(self, index: int, version: int, completions: Sequence[Completion]) -> None:
         """Raises RuntimeError where a completion is of another version than its round allows."""

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 
 from judges.errors import UserError
 from pipeline.config import Config, apply_overrides, parse_config
-from pipeline.shipped_files import FILES, keep_files, named_within, shipped_revision
-from pipeline.storage import MARKER, storage_at, storage_of
+from pipeline.shipped_files import (
+    FILES,
+    copy_files,
+    keep_files,
+    named_within,
+    renamed,
+    shipped_revision,
+)
+from pipeline.storage import LOCK, MARKER, storage_at, storage_of
 
 CONFIG_FILE = "config.yaml"
 PARTIAL_CONFIG = ".config.yaml"
-UNBORN = frozenset({PARTIAL_CONFIG, FILES, MARKER})
+UNBORN = frozenset({PARTIAL_CONFIG, FILES, MARKER, LOCK})
 """What a process leaves that ended before its run began."""
 LIBRARIES = ("torch", "transformers", "peft", "ray", "datasets", "vllm", "numpy")
 
@@ -32,10 +43,55 @@ def create_run_directory(cfg: Config, threads: dict[str, int]) -> Path:
     """Make the directory with its config.yaml; raises UserError where one is already there."""
     refuse_existing_run(cfg.run_place)
     cfg.run_dir.mkdir(parents=True, exist_ok=True)
-    if kept := keep_files(cfg.run_dir):
-        storage_of(cfg).keep(kept)
-    write_run_config(cfg, environment(threads))
+    kept, files = renamed(cfg)
+    copy_files(files, cfg.run_dir)
+    if files or keep_files(cfg.run_dir):
+        storage_of(cfg).keep(cfg.run_dir / FILES)
+    write_run_config(kept, environment(threads))
     return cfg.run_dir
+
+
+@contextmanager
+def driven(cfg: Config) -> Iterator[Sequence[str]]:
+    """Be the only process at a run until the block, or the process, ends.
+
+    Gives what a person should know. Raises UserError where another process is at it.
+    """
+    run, path = cfg.run_place, storage_of(cfg).lock
+    path.parent.mkdir(parents=True, exist_ok=True)
+    notes = []
+    with ExitStack() as stack:
+        while True:
+            file = stack.enter_context(path.open("a+"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                who = file.read() or "another process"
+                raise UserError(f"{run}: {who} is at it: stop it first") from None
+            except OSError as error:
+                notes.append(
+                    f"{run}: its disk has no locks ({error.strerror}): nothing keeps a second "
+                    "process from this run"
+                )
+            if _is_at(path, file):  # else the process before removed it at its end
+                break
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        try:
+            yield notes
+        finally:
+            path.unlink(missing_ok=True)
+            with suppress(OSError):  # not empty: the run began
+                path.parent.rmdir()
+
+
+def _is_at(path: Path, file: TextIO) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 def write_run_config(cfg: Config, recorded: dict[str, Any]) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,8 +17,15 @@ from typing import TYPE_CHECKING
 
 from judges.errors import UserError
 from pipeline.durable import sync_to_disk
-from workers.models.cache import models_directory
-from workers.places import ObjectStore, StorageFailed, is_url, normalised
+from workers.places import (
+    ObjectStore,
+    StorageFailed,
+    files_of,
+    is_url,
+    normalised,
+    temporary_directory,
+    working_copies,
+)
 
 if TYPE_CHECKING:
     from pipeline.config import Config
@@ -27,6 +33,9 @@ if TYPE_CHECKING:
 
 MARKER = ".marker"
 """The learner's machine reads it back before a run begins."""
+
+LOCK = ".driver"
+"""Held by the process that drives the run; it says which."""
 
 KEPT_HERE = ("judge.sqlite*", "logs")
 """What of a working copy this machine's workers go on with: judges' answers, workers' logs."""
@@ -50,6 +59,7 @@ class Storage:
         """Touches nothing."""
         self.run_dir = run_dir
         self.place = str(run_dir)
+        self.lock = run_dir / LOCK
 
     def refuse_existing(self, unborn: frozenset[str]) -> None:
         """Raises UserError where more is there than these names, or where it cannot be told."""
@@ -145,6 +155,7 @@ class ObjectStorage(Storage):
         """Touches nothing. Raises UserError where its scheme's package is not installed."""
         super().__init__(working_copy(url))
         self.place = url
+        self.lock = self.run_dir.with_name(LOCK)  # beside what is fetched and cleared
         self._store = ObjectStore(url)
 
     def refuse_existing(self, unborn: frozenset[str]) -> None:
@@ -203,8 +214,7 @@ class ObjectStorage(Storage):
     def appearing(self, final: Path, last: str) -> Iterator[tuple[Path, str]]:
         self.forget(final, last)  # what a killed run has left
         name = self._name(final)
-        with tempfile.TemporaryDirectory() as folder:
-            here = Path(folder)
+        with temporary_directory() as here:
             yield here, self.seen_as(final)
             for file in sorted(files_of(here), key=lambda file: file == here / last):
                 self._store.put(file, f"{name}/{file.relative_to(here).as_posix()}")
@@ -238,7 +248,7 @@ def storage_of(cfg: Config) -> Storage:
 def working_copy(url: str) -> Path:
     """Where the driver of a run in object storage works: in the cache, under the run's name."""
     mark = hashlib.sha256(url.encode()).hexdigest()[:12]
-    return models_directory().with_name("runs") / mark / PurePosixPath(url).name
+    return working_copies() / mark / PurePosixPath(url).name
 
 
 @contextmanager
@@ -252,25 +262,21 @@ def run_here(run: str, files: Sequence[str]) -> Iterator[Path]:
     if not is_url(place):
         yield Path(place)
         return
-    with as_mistake(), tempfile.TemporaryDirectory() as folder:
+    with as_mistake():
         store = ObjectStore(place, attempts=1)
         names = [name for name in store.names() if any(_is_of(name, file) for file in files)]
         if not names:
             raise UserError(f"{place}: not a run directory (none of {', '.join(files)} is there)")
-        directory = Path(folder, *place.partition("://")[2].split("/"))
-        for name in names:
-            store.get(name, directory / name)
-        yield directory
+        with temporary_directory() as folder:
+            directory = Path(folder, *place.partition("://")[2].split("/"))
+            for name in names:
+                store.get(name, directory / name)
+            yield directory
 
 
 def _is_of(name: str, file: str) -> bool:
     within, sought = f"/{name}", f"/{file}"
     return sought in within if file.endswith("/") else within.endswith(sought)
-
-
-def files_of(directory: Path) -> list[Path]:
-    """All files under a directory, in order."""
-    return sorted(path for path in directory.rglob("*") if path.is_file())
 
 
 @contextmanager

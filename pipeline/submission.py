@@ -6,7 +6,6 @@ import math
 import os
 import re
 import shlex
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -17,23 +16,25 @@ from typing import Any
 import yaml
 
 from judges.errors import UserError
-from judges.options import AskOptions, JudgeOptions
-from judges.plugins import is_plugin, resolve_plugin_path
-from pipeline.config import Config, apply_overrides, check_config, read_config
-from pipeline.config_files import CHECKOUT, Kind, find_data, find_model, with_files
+from judges.plugins import resolve_plugin_path
+from pipeline.config import apply_overrides, check_config, read_config
+from pipeline.config_files import CHECKOUT, PACKAGES, Kind, find_data, find_model, with_files
 from pipeline.prompt_files import DATA_SUFFIXES
 from pipeline.run_directory import CONFIG_FILE, environment
-from pipeline.shipped_files import FILES, REVISION_FILE
-
-PACKAGES = ("pipeline", "workers", "judges")
+from pipeline.shipped_files import (
+    LEFT_OUT,
+    REVISION_FILE,
+    Names,
+    copy_files,
+    titled,
+)
+from workers.places import is_url, normalised
 
 COMMAND = ("python", "-m", "pipeline.cli")
 
 LARGEST = 100 << 20
 """Bytes that a cluster takes in one request, Ray's DASHBOARD_CLIENT_MAX_SIZE; it packs files
 uncompressed."""
-
-_NEVER = shutil.ignore_patterns("__pycache__", "*.pyc", ".gitignore", ".rayignore", ".git")
 
 STOP_SECONDS = 1800
 """How long a job that is stopped may take to end its update and write its checkpoint."""
@@ -66,7 +67,7 @@ class _Files:
 
     base: Path
     there: Sequence[Path]
-    names: dict[Path, str] = field(default_factory=dict)
+    names: Names = field(default_factory=Names)
 
     def change(self, kind: Kind, name: str, key: str) -> str:
         """What the config calls the file within the package. Raises UserError where it cannot."""
@@ -104,11 +105,7 @@ class _Files:
     def _send(self, path: Path) -> str:
         if self._is_there(str(path)):
             return str(path)
-        if path not in self.names:
-            taken = set(self.names.values())
-            names = (f"{FILES}/{path.name}", *(f"{FILES}/{n}/{path.name}" for n in range(2, 1000)))
-            self.names[path] = next(name for name in names if name not in taken)
-        return self.names[path]
+        return self.names.of(path)
 
 
 def pack(
@@ -126,25 +123,36 @@ def pack(
     cfg = check_config(raw, where=str(config))
     _refuse_own_folder(cfg.run.dir)
     files = _Files(config.parent, [path.absolute() for path in there])
-    sent = _titled(with_files(cfg, files.change), cfg, config.parent)
+    sent = titled(with_files(cfg, files.change), cfg, config.parent)
     address = "inline" if cfg.cluster.address == "inline" else "auto"
     cluster = sent.cluster.model_copy(update={"address": address})
     sent = sent.model_copy(update={"cluster": cluster})
-    size = _copy(folder, files.names)
+    size = _copy(folder, files.names.given)
     (folder / CONFIG_FILE).write_text(yaml.safe_dump(sent.model_dump(), sort_keys=False))
     entrypoint = shlex.join([*COMMAND, "train", CONFIG_FILE])
-    return Submission(folder, size, cfg.run.name, str(cfg.run.dir), entrypoint)
+    return Submission(folder, size, cfg.run.name, one_spelling(str(cfg.run.dir)), entrypoint)
 
 
 def pack_resume(run_dir: str, overrides: Sequence[str], folder: Path) -> Submission:
-    """Write the package that goes on with a run on the cluster. Raises UserError as ``pack``."""
+    """Write the package that goes on with a run on the cluster. Raises UserError as ``pack``.
+
+    It joins the cluster that it is sent to, wherever the run was begun.
+    """
     if "://" not in run_dir and not Path(run_dir).is_absolute():
         raise UserError(f"{run_dir}: with --address, give the run's absolute path on the cluster")
-    apply_overrides({}, overrides)
+    told: dict[str, Any] = {}
+    apply_overrides(told, overrides)
+    joins = [] if "address" in told.get("cluster", {}) else ["cluster.address=auto"]
     size = _copy(folder, {})
-    entrypoint = shlex.join([*COMMAND, "resume", run_dir, *overrides])
+    entrypoint = shlex.join([*COMMAND, "resume", run_dir, *joins, *overrides])
     name = run_dir.rstrip("/").rpartition("/")[2]
-    return Submission(folder, size, name, run_dir, entrypoint)
+    return Submission(folder, size, name, one_spelling(run_dir), entrypoint)
+
+
+def one_spelling(run_dir: str) -> str:
+    """A run directory as every job of it calls it. Raises UserError for a URL of no storage."""
+    place = normalised(run_dir)
+    return place if is_url(place) else str(Path(place))
 
 
 def submission_id(name: str, now: datetime) -> str:
@@ -192,45 +200,6 @@ def freshpairs_version() -> str:
         return "unknown"
 
 
-def _titled(sent: Config, cfg: Config, base: Path) -> Config:
-    """Judges are called in the records as if they were asked here, wherever their files lie."""
-
-    def titled(judge: AskOptions, own: AskOptions) -> AskOptions:
-        update: dict[str, Any] = {"args": _titled_members(judge.args, own.args, base)}
-        if own.alias is None and judge.name != own.name:
-            update["alias"] = resolve_plugin_path(own.name, base)
-        if isinstance(judge, JudgeOptions) and isinstance(own, JudgeOptions):
-            pairs = zip(judge.select_by, own.select_by, strict=True)
-            update["select_by"] = [titled(*pair) for pair in pairs]
-            if judge.second is not None and own.second is not None:
-                update["second"] = titled(judge.second, own.second)
-        return judge.model_copy(update=update)
-
-    evaluation, own = sent.evaluation, cfg.evaluation
-    others = [titled(*pair) for pair in zip(evaluation.judges, own.judges, strict=True)]
-    return sent.model_copy(
-        update={
-            "judge": titled(sent.judge, cfg.judge),
-            "evaluation": evaluation.model_copy(update={"judges": others}),
-        }
-    )
-
-
-def _titled_members(args: Mapping[str, Any], own: Mapping[str, Any], base: Path) -> dict[str, Any]:
-    members = args.get("members")
-    if not isinstance(members, list):
-        return dict(args)
-    titled = []
-    for member, mine in zip(members, own["members"], strict=True):
-        name = mine.get("name") if isinstance(mine, Mapping) else mine
-        if isinstance(name, str) and is_plugin(name):
-            written = member if isinstance(member, Mapping) else {"name": member}
-            titled.append({"alias": resolve_plugin_path(name, base), **written})
-        else:
-            titled.append(member)
-    return {**args, "members": titled}
-
-
 def _refuse_own_folder(run_dir: str | None) -> None:
     if run_dir is None or not ("://" in run_dir or Path(run_dir).is_absolute()):
         given = "not set" if run_dir is None else "a relative path"
@@ -274,13 +243,7 @@ def _copy(folder: Path, files: Mapping[Path, str]) -> int:
             f"{told_size(LARGEST)}; the largest files: {named}: put them in a folder that every "
             "node has and name it by --there FOLDER, or let the config name a hub's data set"
         )
-    for source, name in (sources | dict(files)).items():
-        target = folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if source.is_dir():
-            shutil.copytree(source, target, ignore=_NEVER)
-        else:
-            shutil.copyfile(source, target)
+    copy_files(sources | dict(files), folder)
     (folder / REVISION_FILE).write_text(environment({})["git"] or "")
     return total
 
@@ -290,7 +253,7 @@ def _size(source: Path) -> int:
         return source.stat().st_size
     total = 0
     for place, folders, names in os.walk(source):
-        left_out = _NEVER(place, [*folders, *names])
+        left_out = LEFT_OUT(place, [*folders, *names])
         folders[:] = [name for name in folders if name not in left_out]
         total += sum(os.path.getsize(Path(place, n)) for n in names if n not in left_out)
     return total

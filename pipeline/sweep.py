@@ -18,6 +18,7 @@ from pipeline.config_difference import differences, flat, short_keys, value_text
 from pipeline.handles import WorkerDied
 from pipeline.model_card import has_policy
 from pipeline.run_directory import CONFIG_FILE, read_run_config, refuse_existing_run
+from pipeline.shipped_files import named_within, renamed
 from pipeline.stopping import Stopped
 from pipeline.storage import storage_of
 from pipeline.tracking import METRICS_FILE
@@ -260,8 +261,8 @@ def _point(name: str, cfg: Config) -> Point:
     if not _holds(cfg, CONFIG_FILE):
         refuse_existing_run(cfg.run_place)
         return Point(name, cfg, begun=False, finished=False, more=())
-    recorded = read_run_config(cfg.run_place)[0].model_dump()
-    asked = cfg.model_dump()
+    recorded = named_within(read_run_config(cfg.run_place)[0]).model_dump()
+    asked = renamed(cfg)[0].model_dump()
     if asked["generator"]["backend"] == "auto":  # which the run has settled
         asked["generator"]["backend"] = recorded["generator"]["backend"]
     changes = ((key, _taken(recorded, key), _taken(asked, key)) for key in MAY_CHANGE)

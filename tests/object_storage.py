@@ -40,7 +40,7 @@ def s3_server(patch: pytest.MonkeyPatch) -> Iterator[str]:
 
 def in_memory(patch: pytest.MonkeyPatch) -> str:
     """An empty place in this process's memory that URLs may name; its URL."""
-    patch.setitem(places.PACKAGES, "memory", "fsspec")
+    patch.setitem(places.SCHEMES, "memory", "fsspec")
     fsspec.filesystem("memory").store.clear()
     return "memory://runs"
 

@@ -23,18 +23,19 @@ TOKEN = "a-token-of-the-tests-0123456789"
 class Cluster:
     """``address``: the dashboard's; ``gcs``: host:port that other nodes join and drivers use.
 
-    ``environment`` is what a client needs besides its own.
+    ``client`` is Ray's client server, ``environment`` what a client needs besides its own.
     """
 
     address: str
     gcs: str
+    client: str
     environment: dict[str, str]
 
 
 @contextmanager
 def head(tmp_path: Path, token: str = TOKEN, cpus: int = 2) -> Iterator[Cluster]:
     """Start a head with its dashboard; it has ended when the block has, and all its processes."""
-    gcs, dashboard = free_port(), free_port()
+    gcs, dashboard, client = free_port(), free_port(), free_port()
     environment = {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": token,
@@ -55,7 +56,7 @@ def head(tmp_path: Path, token: str = TOKEN, cpus: int = 2) -> Iterator[Cluster]
                     ),
                     *("--include-dashboard=true", f"--num-cpus={cpus}", f"--temp-dir={folder}"),
                     f"--dashboard-agent-listen-port={free_port()}",
-                    f"--ray-client-server-port={free_port()}",
+                    f"--ray-client-server-port={client}",
                 ],
                 env=without_ray(os.environ) | environment,
                 stdout=log,
@@ -66,7 +67,8 @@ def head(tmp_path: Path, token: str = TOKEN, cpus: int = 2) -> Iterator[Cluster]
         address = f"http://127.0.0.1:{dashboard}"
         try:
             wait_for_dashboard(address, token, process)
-            yield Cluster(address, _joined_at(tmp_path / "head.log"), environment)
+            joined_at = _joined_at(tmp_path / "head.log")
+            yield Cluster(address, joined_at, f"ray://127.0.0.1:{client}", environment)
         finally:
             end(process, Path(folder))
 

@@ -109,6 +109,19 @@ def test_overlap_of_real_workers(stories15m):
     assert_measured([found["seconds"], found["times_synchronous"], found["round_seconds"]])
 
 
+@pytest.mark.slow
+def test_a_plan_beside_sleeping_workers():
+    found = run(
+        "plan.py --simulated --generators 1 2 --in-flight 0 --rounds 2 --repeats 1 "
+        "--generate 0.02 --learn 0.01"
+    )
+    assert set(found["sides"]) == {"1, 0", "2, 0"}
+    # two rounds of 4 units of 20 ms, shared by the generators, and of 4 updates of 10 ms
+    assert found["sides"]["1, 0"]["predicted"] == pytest.approx([0.24])
+    assert found["sides"]["2, 0"]["predicted"] == pytest.approx([0.16])
+    assert_measured(found["sides"])
+
+
 @pytest.mark.vllm
 def test_generate(stories15m):
     found = run("generate.py --repeats 1 --new-tokens 4")

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from judges.errors import UserError
 from pipeline import cli
 from pipeline.config import Config, parse_config
 from pipeline.run_directory import create_run_directory
@@ -149,6 +151,16 @@ def test_another_judges_path_may_hold_what_yaml_reads(
     create_run_directory(cfg, {})
     cli.evaluate(tmp_path / "run", judge=f"{mine}:fn")
     assert [cfg.judge.name for cfg in asked] == [f"{mine}:fn"]
+
+
+@pytest.mark.parametrize("option", [["--detach"], ["--env=A"], ["--runtime-env=a.yaml"]])
+def test_options_of_a_job_need_a_cluster(option: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        CliRunner().invoke(cli.app, ["resume", "runs/x", *option], catch_exceptions=False)
+    name = option[0].partition("=")[0]
+    assert str(caught.value) == (
+        f"{name}: of a job on a cluster: give its --address, or leave it out"
+    )
 
 
 def test_unknown_commands_and_options_are_mistakes(tmp_path: Path) -> None:

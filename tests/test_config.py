@@ -555,3 +555,10 @@ def test_a_runs_record_is_a_config_of_another_run(tmp_path: Path, monkeypatch) -
     assert load_config(recorded, ["run.name=second"]).run_dir == tmp_path / "runs" / "second"
     given = load_config(recorded, [f"run.dir={tmp_path / 'there'}"])
     assert given.run_dir == tmp_path / "there"
+
+
+def test_a_kept_config_of_a_judge_that_also_evaluates_is_read_again(file, tmp_path):
+    """A bare name beside the judge of that name means that judge, spelled out or not."""
+    rules = "judge={name: regex, args: {pattern: hello}}"
+    cfg = load_config(file, [rules, "evaluation.judges=[regex]"])
+    assert parse_config(cfg.model_dump(), tmp_path) == cfg

@@ -206,6 +206,11 @@ def test_the_job_runs_on_the_same_cluster() -> None:
     assert JOB["spec"]["rayClusterSpec"] == CLUSTER["spec"]
 
 
+def test_no_cluster_is_rented_for_what_is_no_failure() -> None:
+    """KubeRay retries whatever the exit code: a mistake (2), a stop on purpose (3)."""
+    assert JOB["spec"]["backoffLimit"] == 0
+
+
 def test_the_cluster_grows_and_asks_for_a_token() -> None:
     spec = CLUSTER["spec"]
     assert spec["authOptions"]["mode"] == "token"
@@ -335,6 +340,10 @@ def test_train_goes_on_where_there_is_a_run(site: Path) -> None:
         f"freshpairs train c.yaml cluster.address=auto run.dir={run} run.seed=1",
         f"freshpairs resume {run}",
     ]
+    (run / "policy").mkdir()
+    (run / "policy/README.md").touch()  # finished: `resume` would call it a mistake
+    assert run_script(site, "train.sh", "c.yaml", str(run), "run.seed=1", RUN_CODE="2")[0] == 0
+    assert len(calls(site)) == 2
     code, said = run_script(site, "train.sh", "c.yaml")
     assert (code, len(said.splitlines())) == (2, 1)
 

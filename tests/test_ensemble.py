@@ -478,6 +478,24 @@ def test_members_charge_the_account_of_the_ensemble(tmp_path):
         asyncio.run(asker.ask([Question("p", ("c",), {})]))
 
 
+def test_an_ensemble_of_a_run_in_object_storage_says_where_its_account_is(tmp_path, counting):
+    """Two machines, one account; without a budget an ensemble has no use for a cache."""
+    kept = tmp_path / "shared.sqlite"
+    ensemble = {"name": "ensemble", "args": {"members": [f"{counting}:score"]}, "cache": str(kept)}
+    options = JudgeOptions(**ensemble, budget={"labels": 1})
+    one, other = (
+        Desk(lambda *_: None, tmp_path / machine, url="s3://bucket/x") for machine in ("a", "b")
+    )
+    asker = one.asker(options, budget=options.budget)
+    assert len(asyncio.run(asker.ask([Question("p", ("a",), {})]))) == 1
+    asker = other.asker(options, budget=options.budget)
+    with pytest.raises(BudgetSpent, match=r"judge\.budget\.labels=1: 1 are spent"):
+        asyncio.run(asker.ask([Question("p", ("b",), {})]))
+    unlimited = JudgeOptions(**ensemble)
+    with pytest.raises(UserError, match=r"judge\.cache: ensemble asks its members"):
+        other.asker(unlimited, budget=unlimited.budget)
+
+
 TOGETHER = """
 import asyncio
 

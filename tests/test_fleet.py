@@ -16,11 +16,13 @@ from pipeline.handles import Future, WorkerDied
 from pipeline.launch.inline import InlineHandle, _Failed
 from pipeline.learner import RemoteLearner
 from pipeline.replica import Replica
+from pipeline.stopping import Stop
 from pipeline.sync import WeightSync
 from tests import tiny
 from tests.test_replica import (
     GAP_LIMIT,
     PROBE,
+    Cached,
     Close,
     Doomed,
     FakeGenerator,
@@ -57,7 +59,7 @@ class SpotSlot(Slot):
 def fleet_of(*slots: SpotSlot) -> tuple[list[Replica], list[str], WeightSync]:
     said: list[str] = []
     replicas = [Replica(i, slot, PROBE, GAP_LIMIT) for i, slot in enumerate(slots)]
-    Fleet(replicas, said.append)
+    Fleet(replicas, said.append, Stop("run"))
     return replicas, said, WeightSync(replicas, PROBE)
 
 
@@ -158,9 +160,95 @@ def test_a_unit_that_workers_die_of_ends_the_run():
     replicas, _, sync = fleet_of(SpotSlot(Doomed), SpotSlot(Doomed))
     sync.push(RemoteLearner(FakeLearner()))
     unit = replicas[0].sample(request(0))
-    with pytest.raises(WorkerDied, match=rf"\({DEATHS} workers ended while the same prompts"):
+    with pytest.raises(WorkerDied, match=r"\(7 workers ended while the same prompts"):
         unit.result()
-    assert unit.attempt == DEATHS
+    assert unit.lost == DEATHS + 2
+
+
+def test_generators_that_are_gone_together_are_no_units_fault():
+    """A node with eight of them ends: the units reach the one that is left, one death at a time."""
+    gone = [SpotSlot(FakeGenerator) for _ in range(8)]
+    replicas, said, sync = fleet_of(*gone, SpotSlot(FakeGenerator))
+    sync.push(RemoteLearner(FakeLearner()))
+    unit = replicas[0].sample(request(0))
+    for slot in gone:
+        slot.lost()
+    unit.future = Result(error=WorkerDied("the process of generator 0 ended"))
+    assert weight(unit.result()) == (0, 0, 0.0)
+    assert unit.replica is replicas[8]
+    assert len(said) == 8
+
+
+def test_what_is_pushed_again_is_not_kept_once_it_is_superseded():
+    """Nobody waits for its proof: it must not hold a version's weights to the run's end."""
+    fake = FakeLearner()
+    learner = RemoteLearner(fake)
+    gone, left = SpotSlot(FakeGenerator), SpotSlot(FakeGenerator)
+    (one, other), _, sync = fleet_of(gone, left)
+    sync.push(learner)
+    unit = one.sample(request(0))
+    learner.update(UpdateBatch((), ()))
+    sync.push(learner)
+    gone.lost()
+    unit.future = Result(error=WorkerDied("the process of generator 0 ended"))
+    assert weight(unit.result()) == (0, 0, 0.0)  # 0 and 1 were pushed again to the other one
+    assert (sync.prove(0), sync.prove(1)) == (0.0, 0.0)
+    for _ in range(3):
+        learner.update(UpdateBatch((), ()))
+        sync.push(learner)
+        other.sample(request(learner.version)).result()
+        sync.prove(learner.version)
+    assert [args[0] for method, args in fake.calls if method == "weights"][-1] == 3
+
+
+def test_a_newcomer_that_cannot_be_built_is_left_out(monkeypatch: pytest.MonkeyPatch):
+    spot = SpotSlot(FakeGenerator)
+    (late, _), said, sync = fleet_of(spot, SpotSlot(FakeGenerator))
+    late.present = False
+
+    def here() -> bool:
+        raise OSError("no model at /models/x")
+
+    monkeypatch.setattr(spot, "here", here)
+    learner = RemoteLearner(FakeLearner())
+    for _ in range(5):
+        sync.push(learner)
+    again = "generator 0 could not join (no model at /models/x): it is tried again"
+    left_out = "generator 0 could not join (no model at /models/x): it is left out from here on"
+    assert said == [again, again, left_out]
+
+
+def test_what_is_wrong_with_all_of_them_ends_the_run(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(fleet, "LOOK", 0.0)
+    spot = SpotSlot(FakeGenerator)
+    (only,), _, sync = fleet_of(spot)
+    only.present = False
+
+    def here() -> bool:
+        raise OSError("no model at /models/x")
+
+    monkeypatch.setattr(spot, "here", here)
+    with pytest.raises(OSError, match="no model at /models/x"):
+        sync.push(RemoteLearner(FakeLearner()))
+
+
+def test_a_stop_ends_the_waiting_for_a_generator(monkeypatch: pytest.MonkeyPatch):
+    spot = SpotSlot(FakeGenerator)
+    (only,), _, sync = fleet_of(spot)
+    spot.lost()
+    only.present = False
+    only.fleet._stop.requested = True
+    with pytest.raises(KeyboardInterrupt):
+        sync.push(RemoteLearner(FakeLearner()))
+
+
+def test_one_whose_proofs_fail_leaves_instead_of_being_waited_for():
+    replicas, said, sync = fleet_of(SpotSlot(Cached), SpotSlot(FakeGenerator))
+    sync.push(RemoteLearner(FakeLearner()))
+    unit = replicas[0].sample(request(0))
+    assert weight(unit.result()) == (0, 0, 0.0)
+    assert unit.replica is replicas[1]
+    assert said[0].startswith("generator 0 left (holds version 0, but")
 
 
 def test_the_gap_of_a_version_is_of_those_that_proved_it():

@@ -329,7 +329,7 @@ def test_a_spent_budget_stops_and_a_larger_one_goes_on_to_the_same_end(
     assert len(rounds(cfg)) == 1
     with pytest.raises(Stopped):
         job.resume(cfg.run_dir, quiet=True)
-    with pytest.raises(UserError, match=r"only judge\.budget, drift\.stop and"):
+    with pytest.raises(UserError, match=r"only judge\.budget, drift\.stop, "):
         job.resume(cfg.run_dir, ["learner.learning_rate=1.0"], quiet=True)
     assert asked() == []
     job.resume(cfg.run_dir, ["judge.budget.labels=1000"], quiet=True)

@@ -64,6 +64,9 @@ def test_colocated_workers_have_one_gpu_between_them(tmp_path: Path) -> None:
     found = layout(cfg, node("a", 2))
     assert found.seats["generator 0"] == found.seats["learner"]
     assert found.seats["generator 1"].gpus != found.seats["learner"].gpus
+    for together in (1.0, 0.5):
+        with pytest.raises(UserError, match="of the GPU that they share"):
+            config(tmp_path, generator={"gpus": together}, cluster={"placement": "colocated"})
     with pytest.raises(UserError, match="colocated: the learner and generators share GPUs"):
         config(tmp_path, learner={"gpus": 0.0}, cluster={"placement": "colocated"})
 

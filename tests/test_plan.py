@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,12 +15,15 @@ from typer.testing import CliRunner
 from judges.errors import UserError
 from pipeline.cli import app
 from pipeline.config import Config
+from pipeline.placement import Node
 from pipeline.plan.calibration import Stopwatch, calibrate
 from pipeline.plan.plan import Asked, make_plan, parse_nodes
 from pipeline.plan.rates import Law, Lengths, Rates, given_rates, parse_rates, rates_of_run
 from pipeline.plan.simulation import Simulated, recommended, simulate
 from pipeline.run_directory import create_run_directory
 from tests import tiny
+from tests.object_storage import in_memory
+from workers.places import to_write
 
 
 def config(model: Path, folder: Path, **sections: Any) -> Config:
@@ -205,6 +211,21 @@ def test_rates_of_a_run(tiny_model: Path, tmp_path: Path) -> None:
         rates_of_run(cfg.run_dir, other)
 
 
+def test_rates_of_a_run_in_object_storage(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FRESHPAIRS_CACHE", str(tmp_path / "cache"))
+    url = f"{in_memory(monkeypatch)}/x"
+    cfg = config(tiny_model, tmp_path, run={"dir": url})
+    with pytest.raises(UserError, match=f"^{url}: not a run directory"):
+        rates_of_run(url, cfg)
+    create_run_directory(cfg, {"generator": 1, "learner": 1})
+    with to_write(f"{url}/metrics.jsonl") as path:
+        path.write_text("")
+    with pytest.raises(UserError, match=f"^--from {url}: fewer than two rounds"):
+        rates_of_run(url, cfg)
+
+
 @pytest.mark.slow
 def test_a_calibration_times_the_real_workers_and_leaves_nothing(
     tiny_model: Path, tmp_path: Path
@@ -255,6 +276,62 @@ def test_a_plan_says_who_has_room(tiny_model: Path, tmp_path: Path) -> None:
     written = plan.to_json()
     assert written["recommended_generators"] in (1, 2)
     json.dumps(written)
+
+
+@pytest.mark.parametrize("address", ["local", "auto"])
+def test_a_clusters_nodes_are_not_measured_by_this_machine(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str
+) -> None:
+    @contextmanager
+    def session(address: str) -> Iterator[Any]:
+        yield SimpleNamespace(now=lambda: [Node("far", {"CPU": 64.0, "GPU": 8.0})])
+
+    monkeypatch.setattr("pipeline.launch.ray_cluster.ray_session", session)
+    monkeypatch.setattr("workers.models.footprint.gpus_here", lambda: [8 * 2**30])
+    cfg = config(tiny_model, tmp_path, cluster={"address": address})
+    here = {"GPU", "RAM"} if address == "local" else set()
+    plan = make_plan(cfg, Asked(rates=GIVEN), lambda line: None)
+    assert (set(plan.capacity), plan.nodes[0].name == "far") == (here, address == "auto")
+    elsewhere = make_plan(cfg, Asked(rates=GIVEN, nodes="1x4"), lambda line: None)
+    assert set(elsewhere.capacity) == set()
+
+
+def test_a_cluster_that_does_not_answer(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextmanager
+    def session(address: str) -> Iterator[Any]:
+        raise UserError(f"cluster.address={address}: no Ray cluster answers")
+        yield
+
+    monkeypatch.setattr("pipeline.launch.ray_cluster.ray_session", session)
+    cfg = config(tiny_model, tmp_path, cluster={"address": "auto"})
+    with pytest.raises(UserError, match=r"^cluster\.address=auto: .* what it has: --nodes 2x8$"):
+        make_plan(cfg, Asked(rates=GIVEN), lambda line: None)
+
+
+@pytest.mark.parametrize("served", [True, False])
+def test_a_judge_over_http_is_announced(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, served: bool
+) -> None:
+    """Three rounds of one update of 4 prompts, 2 completions each."""
+
+    class Begun(Exception):  # noqa: N818
+        """The workers would be started."""
+
+    def start(*args: object) -> None:
+        raise Begun
+
+    monkeypatch.setattr("pipeline.plan.calibration.start_crew", start)
+    client = {"kind": "openai", "model": "m", "base_url": "http://127.0.0.1:9/v1"}
+    judge = {"name": "llm_pairwise", "client": client}
+    cfg = config(tiny_model, tmp_path, **({"judge": judge} if served else {}))
+    said: list[str] = []
+    with pytest.raises(Begun):
+        make_plan(cfg, Asked(), said.append)
+    assert [line for line in said if line.startswith("asks ")] == (
+        ["asks llm_pairwise about 24 completions, over HTTP: that may cost money"] if served else []
+    )
 
 
 def test_the_command(tiny_model: Path, tmp_path: Path) -> None:

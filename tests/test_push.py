@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,33 @@ def test_files_of_this_machine_are_named_without_their_place(hub: Hub, tmp_path:
         model="base", judge="kind.py:score"
     )
     assert str(tmp_path) not in hub.dataset("me/mine-pairs").files["README.md"].decode()
+
+
+def test_no_text_names_this_machine(hub: Hub, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    run = run_in(tmp_path, model=str(base))
+    adapter = {"base_model_name_or_path": str(base), "r": 2}
+    (run / "policy/adapter/adapter_config.json").write_text(json.dumps(adapter))
+    (run / "policy/config.json").write_text(f'{{"a": "{base}", "b": "{run}/policy", "c": "é"}}')
+    push(run, pairs=False)
+    files = hub.model("me/mine").files
+    # null is what PEFT has where none is said; a name of ours would be looked for on the hub
+    assert json.loads(files["adapter/adapter_config.json"]) == {
+        "base_model_name_or_path": None,
+        "r": 2,
+    }
+    assert files["config.json"].decode() == '{"a": "base", "b": "run/policy", "c": "é"}'
+    assert files["model.safetensors"] == WEIGHTS
+    assert not [name for name, content in files.items() if str(tmp_path).encode() in content]
+
+
+def test_an_adapter_names_a_base_of_the_hub(hub: Hub, tmp_path: Path) -> None:
+    run = run_in(tmp_path)
+    adapter = b'{"base_model_name_or_path": "org/base"}'
+    (run / "policy/adapter/adapter_config.json").write_bytes(adapter)
+    push(run, pairs=False)
+    assert hub.model("me/mine").files["adapter/adapter_config.json"] == adapter
 
 
 def test_pushing_again_is_a_commit_on_top(hub: Hub, tmp_path: Path) -> None:

@@ -5,23 +5,28 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from s3fs import S3FileSystem
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
+from judges.budget import Account, BudgetOptions
 from judges.errors import UserError
-from pipeline import job, run_directory, storage
+from pipeline import job, run_directory
 from pipeline.cli import app
-from pipeline.config import Config
+from pipeline.config import Config, parse_config
 from pipeline.learner import RemoteLearner
 from pipeline.ledger import Ledger
+from pipeline.stopping import Stopped
 from pipeline.storage import run_here, storage_at, working_copy
+from pipeline.sweep import _point
 from tests import tiny
 from tests.interruption import Killed, assert_same_run
 from tests.object_storage import BUCKET, count_writes, fetched, in_memory, s3_server, stored
@@ -90,8 +95,8 @@ def assert_same_stored(
     names, found = (
         {
             name
-            for path in storage.files_of(directory)
-            if not (name := path.relative_to(directory).as_posix()).startswith("logs/")
+            for path in places.files_of(directory)
+            if not (name := path.relative_to(directory).as_posix()).startswith(("logs/", "files/"))
         }
         for directory in (local, there)
     )
@@ -156,8 +161,8 @@ def go_on(cfg: Config, *, elsewhere: bool = True) -> None:
     "write",
     [
         pytest.param(1, id="before anything is there", marks=pytest.mark.slow),
-        pytest.param(12, id="between a round's two files", marks=pytest.mark.slow),
-        pytest.param(27, id="late"),
+        pytest.param(14, id="between a round's two files", marks=pytest.mark.slow),
+        pytest.param(29, id="late"),
     ],
 )
 def test_killed_and_resumed_on_another_machine(
@@ -211,6 +216,46 @@ def test_killed_at_every_write(
         assert written in killed
 
 
+def test_a_run_goes_on_where_the_files_it_was_begun_with_are_not(
+    tiny_model: Path, memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its judges are called in the records what they were called from the start."""
+    begun_in = tmp_path / "mine"
+    second = {"second": f"{begun_in}/second.py:f"}
+    one, other = (
+        config(tiny_model, begun_in, place, run={"name": "x", "updates": 2, "dir": place})
+        for place in (str(tmp_path / "local"), f"{memory}/tiny")
+    )
+    (begun_in / "second.py").write_text("def f(prompts, completions):\n    return [0.0] * 9\n")
+    one, other = (
+        parse_config(cfg.model_dump() | {"judge": cfg.judge.model_dump() | second}, base=begun_in)
+        for cfg in (one, other)
+    )
+    local = job.run(one, quiet=True).run_dir
+    assert run_killed_at(14, other, monkeypatch) is not None
+    begun_in.rename(tmp_path / "gone")
+    shutil.rmtree(other.run_dir)
+    job.resume(other.run_place, quiet=True)
+    assert_same_stored(other.run_place, local, tmp_path / "there")
+    kept = yaml.safe_load(stored(other.run_place)["config.yaml"])
+    assert kept["judge"]["name"] == "files/judge.py:score"
+    assert kept["judge"]["alias"] == f"{begun_in}/judge.py:score"
+    assert kept["prompts"]["path"] == kept["evaluation"]["prompts"]["path"]
+    names = {name for name in stored(other.run_place) if name.startswith("files/")}
+    assert names == {"files/judge.py", "files/second.py", "files/prompts.jsonl"}
+
+
+def test_a_sweep_knows_its_runs_in_object_storage_again(
+    tiny_model: Path, folder: Path, memory: str
+) -> None:
+    cfg = config(tiny_model, folder, f"{memory}/tiny")
+    run_directory.create_run_directory(cfg, {"generator": 1, "learner": 1})
+    assert _point("tiny", cfg).begun
+    other = config(tiny_model, folder, f"{memory}/tiny", learner={"learning_rate": 1e-3})
+    with pytest.raises(UserError, match="learning_rate"):
+        _point("tiny", other)
+
+
 def test_a_stale_working_copy_is_replaced(
     tiny_model: Path,
     folder: Path,
@@ -229,7 +274,7 @@ def test_a_stale_working_copy_is_replaced(
     storage_at(cfg.run_place).fetch()
     assert not (ledger / "round-000009.parquet").exists()
     assert (cfg.run_dir / "judge.sqlite").read_text() == "answers"
-    here = {path.relative_to(cfg.run_dir).as_posix() for path in storage.files_of(cfg.run_dir)}
+    here = {path.relative_to(cfg.run_dir).as_posix() for path in places.files_of(cfg.run_dir)}
     learners = {name for name in stored(cfg.run_place) if name.startswith("checkpoints/")}
     kept = {name for name in here if name.startswith(("judge.sqlite", "logs/"))}
     assert len(kept) == 4
@@ -304,7 +349,7 @@ def test_files_and_directories_go_to_a_place_and_back(memory: str, tmp_path: Pat
         with to_write(f"{place}/c") as path:
             path.write_text("C")
         with to_read(place) as directory:
-            found = {p.relative_to(directory).as_posix() for p in storage.files_of(directory)}
+            found = {p.relative_to(directory).as_posix() for p in places.files_of(directory)}
             assert found == {"b", "c", "inner/a"}
         with to_read(f"{place}/inner/a") as path:
             assert (path.name, path.read_text()) == ("a", "A")
@@ -397,7 +442,7 @@ def test_storage_that_fails_in_the_middle_of_a_run_says_how_to_go_on(
     cfg = config(tiny_model, folder, f"{memory}/tiny")
 
     def fail(number: int, name: str) -> None:
-        if number > 10:
+        if number > 12:
             raise StorageFailed(f"{memory}/tiny: gone")
 
     with monkeypatch.context() as patch:
@@ -428,7 +473,7 @@ def test_a_learner_that_does_not_see_the_run_directory(
     assert line.startswith(f"run.dir={place}: {unseen}: ")
     monkeypatch.undo()
     run_directory.refuse_existing_run(tmp_path / "run")
-    assert not storage.files_of(tmp_path / "run")
+    assert not places.files_of(tmp_path / "run")
 
 
 def test_the_learner_reads_what_was_written_and_not_what_was_there(tmp_path: Path) -> None:
@@ -458,6 +503,48 @@ def test_people_need_a_store_that_lasts(tiny_model: Path, tmp_path: Path, memory
         config(tiny_model, tmp_path, str(tmp_path / "run"), judge=judge)
     lasting = {"name": "human", "args": {"store": str(tmp_path / "people.sqlite")}}
     config(tiny_model, tmp_path, f"{memory}/x", judge=lasting)
+
+
+def test_what_is_on_its_way_is_on_the_caches_disk(
+    memory: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "full"))
+    with to_write(f"{memory}/x/learner.pt") as path:
+        assert path.is_relative_to(cache)
+        path.write_text("weights")
+    with to_read(f"{memory}/x/learner.pt") as path:
+        assert (path.is_relative_to(cache), path.read_text()) == (True, "weights")
+    kept = storage_at(f"{memory}/x")
+    with kept.appearing(kept.run_dir / "policy", "README.md") as (here, _):
+        assert here.is_relative_to(cache)
+        (here / "README.md").write_text("")
+    with run_here(f"{memory}/x", ["learner.pt"]) as here:
+        assert here.is_relative_to(cache)
+    assert places.files_of(cache) == []
+
+
+def test_a_budget_needs_an_account_that_every_machine_sees(
+    tiny_model: Path, tmp_path: Path, memory: str
+) -> None:
+    """Runs that share answers do not share what they may spend."""
+    budget = {"labels": 10}
+    with pytest.raises(UserError) as caught:
+        config(tiny_model, tmp_path, f"{memory}/x", judge={"budget": budget})
+    (line,) = str(caught.value).splitlines()
+    assert f"judge.cache=auto: judge.budget is counted in its file, and run.dir={memory}" in line
+    config(tiny_model, tmp_path, str(tmp_path / "run"), judge={"budget": budget})
+    config(tiny_model, tmp_path, f"{memory}/x", judge={"args": {}})
+    shared = tmp_path / "shared.sqlite"
+    for name in ("x", "y"):  # which share answers, not what they may spend
+        url = f"{memory}/{name}"
+        judge = {"name": f"{tmp_path}/judge.py:score", "budget": budget, "cache": str(shared)}
+        cfg = config(tiny_model, tmp_path, url, judge=judge, run={"seed": len(name), "dir": url})
+        with pytest.raises(Stopped, match=r"judge\.budget\.labels=10: 8 are spent"):
+            job.run(cfg, quiet=True)
+        assert Account(shared, f"{url} {cfg.judge.title}", BudgetOptions()).spent().labels == 8
+        shutil.rmtree(cfg.run_dir)
+        with pytest.raises(Stopped, match=r"judge\.budget\.labels=10: 8 are spent"):
+            job.resume(url, quiet=True)
 
 
 def test_what_a_job_left_that_ended_before_its_run_began_is_no_run(

@@ -8,15 +8,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import yaml
 
 from judges.errors import UserError
-from pipeline import shipped_files, submission
+from pipeline import cli_cluster, shipped_files, submission
 from pipeline.cli_cluster import dashboard
 from pipeline.config import load_config
 from pipeline.launch.jobs import Job, Jobs, _hidden
@@ -281,10 +283,51 @@ def test_going_on_needs_a_place_that_the_cluster_knows(tmp_path):
         pack_resume("/runs/x", ["judge.budget.usd"], tmp_path)
     sent = pack_resume("s3://bucket/my run", ["judge.budget={usd: 2}"], tmp_path)
     assert sent.entrypoint == (
-        "python -m pipeline.cli resume 's3://bucket/my run' 'judge.budget={usd: 2}'"
+        "python -m pipeline.cli resume 's3://bucket/my run' cluster.address=auto "
+        "'judge.budget={usd: 2}'"
     )
     assert (sent.name, sent.run_dir) == ("my run", "s3://bucket/my run")
     assert {path.name for path in tmp_path.iterdir()} == OURS - {"config.yaml"}
+
+
+@pytest.mark.parametrize("resumed", [True, False])
+def test_a_run_that_a_job_is_at_is_left_to_it(here, monkeypatch, resumed):
+    """Nothing is sent; jobs that have ended, and those of other runs, stand in nobody's way."""
+
+    class Listed:
+        address = "http://head:8265"
+        jobs: ClassVar[list[Job]] = []
+
+        def all(self) -> list[Job]:
+            return self.jobs
+
+        def submit(self, *_: object) -> None:
+            raise AssertionError("sent")
+
+    monkeypatch.setattr(cli_cluster, "_connected", lambda _: nullcontext(Listed()))
+
+    def send() -> None:
+        def package(folder: Path) -> submission.Submission:
+            if resumed:
+                return pack_resume("/shared/runs//mine/", [], folder)
+            return pack(here / "mine.yaml", ["run.dir=/shared/runs/mine/"], folder)
+
+        cli_cluster.send(package, "http://head:8265", True, None, None)
+
+    at_it = {"freshpairs": "1", "run_dir": "/shared/runs/mine"}
+    done, other = (Job(n, "FAILED", 3, "", None, at_it) for n in ("mine-1", "mine-2"))
+    other = replace(other, status="RUNNING", metadata=at_it | {"run_dir": "/shared/runs/more"})
+    Listed.jobs = [done, other]
+    with pytest.raises(AssertionError, match="sent"):
+        send()
+    for status in ("PENDING", "RUNNING"):
+        Listed.jobs = [done, other, replace(done, name="mine-3", status=status)]
+        with pytest.raises(UserError) as caught:
+            send()
+        assert str(caught.value) == (
+            "/shared/runs/mine: mine-3 is at it: `freshpairs stop mine-3 --address "
+            "http://head:8265` first"
+        )
 
 
 def test_a_run_keeps_the_files_it_was_sent_with(here, monkeypatch):

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -30,14 +30,14 @@ from pathlib import Path
 from judges.lexicon import sentiment
 
 class Gated:
-    '''VADER; after so many calls it waits until somebody has opened the gate.'''
+    '''VADER; each round's verdicts wait until somebody has opened the round's gate.'''
 
-    def __init__(self, gate, calls):
-        self.gate, self.left = Path(gate), calls
+    def __init__(self, gates, calls_per_round):
+        self.gates, self.per_round, self.calls = Path(gates), calls_per_round, 0
 
     def __call__(self, prompts, completions):
-        self.left -= 1
-        while self.left < 0 and not self.gate.exists():
+        round_, self.calls = self.calls // self.per_round, self.calls + 1
+        while not (self.gates / str(round_)).exists():
             time.sleep(0.1)
         return sentiment(prompts, completions)
 """
@@ -55,11 +55,21 @@ SMALL = (
 """The quickstart, in minutes for a machine whose cores are two hosts'."""
 
 
+@pytest.fixture(autouse=True)
+def _no_job_is_left() -> Iterator[None]:
+    yield
+    while FOLLOWED:
+        FOLLOWED.pop().kill()
+
+
+FOLLOWED: list[subprocess.Popen[str]] = []
+
+
 def submit(hosts: Hosts, run_dir: Path, *overrides: str) -> subprocess.Popen[str]:
     """``freshpairs submit`` of the quickstart, which follows the job."""
     settings = [*SMALL, f"run.dir={run_dir}", *overrides]
     command = [str(FRESHPAIRS), "submit", "configs/quickstart.yaml", *settings]
-    return subprocess.Popen(
+    job = subprocess.Popen(
         [*command, f"--address={hosts.dashboard}"],
         cwd=CHECKOUT,
         env=os.environ | hosts.environment,
@@ -67,6 +77,8 @@ def submit(hosts: Hosts, run_dir: Path, *overrides: str) -> subprocess.Popen[str
         stderr=subprocess.STDOUT,
         text=True,
     )
+    FOLLOWED.append(job)
+    return job
 
 
 def ended(job: subprocess.Popen[str]) -> str:
@@ -109,32 +121,42 @@ def same_ledger(one: Path, other: Path) -> None:
 def test_a_host_that_is_lost_and_comes_back_changes_nothing(
     stories15m: Path, tmp_path: Path
 ) -> None:
-    """Two generators, of which one will do: lost in a round, missed in the next, back in another.
+    """Two generators, of which one will do: both in a round, one lost in it, back in a later one.
 
-    The gate holds the third round's verdicts back until the generator has a process again.
+    Gates hold each round's verdicts back until Ray has noticed what the test did to the hosts.
     """
     (tmp_path / "gated.py").write_text(GATED)
-    gate = tmp_path / "open"
-    judge = f"judge={{name: {tmp_path}/gated.py:Gated, args: {{gate: {gate}, calls: 4}}}}"
+    gates = tmp_path / "gates"
+    gates.mkdir()
+    args = f"{{gates: {gates}, calls_per_round: 2}}"
+    judge = f"judge={{name: {tmp_path}/gated.py:Gated, args: {args}}}"
     settings = ("run.updates=10", "resampling.updates_per_round=2", "checkpoint.every=4", judge)
     one, two = tmp_path / "one-host", tmp_path / "two-hosts"
     with two_hosts(tmp_path, cpus=1) as hosts:
-        gate.touch()
+        opened = [gates / str(round_) for round_ in range(5)]
+        for gate in opened:
+            gate.touch()
         alone = ended(submit(hosts, one, *settings))
         assert "joined" not in alone
-        gate.unlink()
+        for gate in opened:
+            gate.unlink()
 
         hosts.join(cpus=1)
         job = submit(hosts, two, *settings)
+        wait(lambda: workers(hosts) == 4, job)
+        opened[0].touch()
         wait(lambda: rounds(two) == 1, job)
         hosts.cut()
-        wait(lambda: rounds(two) == 2 and workers(hosts) == 3, job)
+        wait(lambda: len(hosts.nodes()) == 1, job)  # else a new worker is sent to the lost node
+        opened[1].touch()
+        wait(lambda: rounds(two) == 2, job)
         hosts.join(cpus=1)
         wait(lambda: workers(hosts) == 4, job)
-        gate.touch()
+        for gate in opened:
+            gate.touch()
         told = ended(job)
-    assert "left (" in told
-    assert "joined (2 of 2)" in told
+    assert told.count(" left (") == 1
+    assert told.index(" left (") < told.rindex(" joined (2 of 2)")
     same_ledger(one, two)
     assert records(one) == records(two)
     weights = [(run / "policy" / "model.safetensors").read_bytes() for run in (one, two)]

@@ -27,14 +27,16 @@ def build_panel(
     replicas: int = 1,
     policy: PolicyOptions | None = None,
     generator: GeneratorOptions | None = None,
+    url: str | None = None,
 ) -> JudgePanel:
     """The judges of one process, by title.
 
-    ``folder`` is where they keep answers and accounts; ``policy`` and its ``generator`` options
+    ``folder`` is where they keep answers and accounts, ``url`` the run's where that is in object
+    storage; ``policy`` and its ``generator`` options
     are the run's, for judges whose client is the policy.
     """
     clients = _Clients(policy, generator)
-    desk = Desk(clients.build, folder, replicas)
+    desk = Desk(clients.build, folder, replicas, url)
     return JudgePanel(judges, desk, lambda: clients.policy_generator)
 
 

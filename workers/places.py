@@ -13,10 +13,11 @@ from typing import Any, TypeVar
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential
 
 from judges.errors import UserError
+from workers.models.cache import models_directory
 
 FILE = "file://"
 
-PACKAGES = {"s3": "s3fs", "gs": "gcsfs"}
+SCHEMES = {"s3": "s3fs", "gs": "gcsfs"}
 """What reads and writes each scheme; freshpairs has an extra of the scheme's name."""
 
 ATTEMPTS = 5
@@ -53,8 +54,8 @@ def normalised(place: str) -> str:
     scheme, divided, rest = place.partition("://")
     if not divided:
         return place
-    if scheme not in PACKAGES:
-        known = ", ".join(f"{name}://" for name in PACKAGES)
+    if scheme not in SCHEMES:
+        known = ", ".join(f"{name}://" for name in SCHEMES)
         raise UserError(f"{place}: no storage of this kind is known: use a path, or one of {known}")
     if not rest.strip("/"):
         raise UserError(f"{place}: names no bucket: {scheme}://BUCKET/NAME")
@@ -72,7 +73,7 @@ class ObjectStore:
     def __init__(self, url: str, attempts: int = ATTEMPTS) -> None:
         self.url = url
         scheme = url.partition("://")[0]
-        package = PACKAGES[scheme]
+        package = SCHEMES[scheme]
         if importlib.util.find_spec(package) is None:
             raise UserError(
                 f'{url}: {package} is not installed: pip install "freshpairs[{scheme}]"'
@@ -162,6 +163,20 @@ def _may_pass(error: BaseException) -> bool:
     return isinstance(error, Exception) and not isinstance(error, final)
 
 
+def working_copies() -> Path:
+    """Where this machine keeps copies of what is in object storage: in the cache."""
+    return models_directory().with_name("runs")
+
+
+@contextmanager
+def temporary_directory() -> Iterator[Path]:
+    """An empty directory on the cache's disk: a checkpoint is too large for many a /tmp."""
+    parent = working_copies()
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=parent) as folder:
+        yield Path(folder)
+
+
 @contextmanager
 def to_write(place: str) -> Iterator[Path]:
     """The path to write a file or a directory to, for it to stand at the place in the end.
@@ -173,11 +188,11 @@ def to_write(place: str) -> Iterator[Path]:
         yield Path(place)
         return
     parent, _, name = place.rpartition("/")
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / name
+    with temporary_directory() as folder:
+        path = folder / name
         yield path
         store = ObjectStore(parent)
-        for file in [path] if path.is_file() else _files(path):
+        for file in [path] if path.is_file() else files_of(path):
             store.put(file, file.relative_to(folder).as_posix())
 
 
@@ -192,11 +207,12 @@ def to_read(place: str) -> Iterator[Path]:
         return
     parent, _, name = place.rpartition("/")
     store = ObjectStore(parent)
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_directory() as folder:
         for found in store.names(name) or [name]:
-            store.get(found, Path(folder) / found)
-        yield Path(folder) / name
+            store.get(found, folder / found)
+        yield folder / name
 
 
-def _files(directory: Path) -> list[Path]:
+def files_of(directory: Path) -> list[Path]:
+    """All files under a directory, in order."""
     return sorted(path for path in directory.rglob("*") if path.is_file())

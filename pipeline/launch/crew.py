@@ -63,6 +63,11 @@ class CrewPlan:
     run: str = ""
 
     @property
+    def optional(self) -> tuple[WorkerPlan, ...]:
+        """The generators that need not be there."""
+        return self.generators[self.required :]
+
+    @property
     def workers(self) -> tuple[WorkerPlan, ...]:
         return (self.learner, *self.generators, *self.judges)
 
@@ -131,6 +136,7 @@ def plan_crew(cfg: Config, generator_threads: int, learner_threads: int) -> Crew
         return build_panel(
             judges_of(cfg),
             folder=cfg.run_dir,
+            url=url,
             replicas=cfg.judge.replicas,
             policy=cfg.policy,
             generator=cfg.generator.model_copy(update={"backend": backend, "gpus": cfg.judge.gpus}),

@@ -11,7 +11,7 @@ from pipeline.handles import Future, WorkerDied
 from pipeline.launch.crew import Crew, CrewPlan, Say, WorkerPlan
 from pipeline.launch.ray_cluster import Seating, ray_session, seated
 from pipeline.launch.ray_metrics import RayMetrics
-from pipeline.placement import groups_of, lay_out
+from pipeline.placement import groups_of
 from workers.threads import thread_environment
 
 BESIDE = "beside"
@@ -57,6 +57,9 @@ class _RayFuture:
             raise WorkerDied(f"the process of {self.worker} ended") from error
         except ray.exceptions.ObjectLostError as error:
             raise WorkerDied(f"what {self.worker} answered was lost with its node") from error
+        except ray.exceptions.RayError as error:
+            said = " ".join(str(error).split())
+            raise WorkerDied(f"{self.worker} could not be run ({said})") from error
 
 
 class RayHandle:
@@ -121,12 +124,12 @@ def ray_crew(plan: CrewPlan, address: str, wait_minutes: float, say: Say) -> Ite
     """
     with ray_session(address) as nodes:
         groups = groups_of(plan)
-        layout = nodes.wait_for(lambda there: lay_out(groups, there), wait_minutes, say)
+        nodes.wait_for(groups, wait_minutes, say)
         with seated(plan, groups, nodes, say) as seating:
             handles = {worker.name: RayHandle(worker, seating) for worker in plan.workers}
-            for name, handle in handles.items():
-                if name not in layout.absent:
-                    handle.ready()
+            for worker in plan.workers:
+                if worker not in plan.optional:
+                    handles[worker.name].ready()
             yield Crew(
                 generators=tuple(handles[worker.name] for worker in plan.generators),
                 judges=tuple(handles[worker.name] for worker in plan.judges),

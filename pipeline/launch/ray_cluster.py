@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from judges.errors import UserError
+from pipeline.config_files import CHECKOUT, PACKAGES
 from pipeline.handles import WorkerDied
 from pipeline.launch.crew import CrewPlan, Say, WorkerPlan
-from pipeline.placement import Group, Node, amounts, lay_out
-
-CHECKOUT = Path(__file__).resolve().parents[2]
-PACKAGES = ("pipeline", "workers", "judges")
+from pipeline.placement import Bundle, Group, Layout, Node, amounts, lay_out
 
 JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """In the environment of what Ray runs as a job: it has our packages from there."""
@@ -24,7 +22,8 @@ JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 LOOK = 2.0
 """Seconds between two looks at the cluster's nodes."""
 
-T = TypeVar("T")
+HOLD = 20.0
+"""Seconds that a part of what a run needs is held while the rest is not free."""
 
 
 class Nodes:
@@ -42,20 +41,42 @@ class Nodes:
         alive.sort(key=lambda node: (node["NodeID"] != here, node["NodeManagerHostname"]))
         return [Node(_name(node, alive), node["Resources"]) for node in alive]
 
-    def wait_for(self, fits: Callable[[Sequence[Node]], T], minutes: float, say: Say) -> T:
-        """What ``fits`` says of the nodes; asked again for so long while it raises UserError."""
+    def layout(self, groups: Sequence[Group]) -> Layout:
+        """Where the groups would go now. Raises UserError where they do not fit."""
+        try:
+            return lay_out(groups, self.now())
+        except UserError as misfit:
+            raise UserError(str(misfit).replace("cluster:", f"{self.name}:", 1)) from None
+
+    def wait_for(self, groups: Sequence[Group], minutes: float, say: Say) -> None:
+        """Wait so long for nodes that they fit on; an autoscaler, if there is one, is asked.
+
+        Raises UserError where they do not fit even then.
+        """
+        from ray.autoscaler.sdk import request_resources
+
         until = time.monotonic() + 60.0 * minutes
-        waited = False
-        while True:
-            try:
-                return fits(self.now())
-            except UserError as misfit:
-                if time.monotonic() >= until:
-                    raise UserError(str(misfit).replace("cluster:", f"{self.name}:", 1)) from None
-                if not waited:
-                    say(f"waiting up to {minutes:g} minutes for nodes: {misfit}")
-                waited = True
-            time.sleep(LOOK)
+        asked = False
+        try:
+            while True:
+                try:
+                    self.layout(groups)
+                    return
+                except UserError as misfit:
+                    if time.monotonic() >= until:
+                        raise
+                    if not asked:
+                        say(f"waiting up to {minutes:g} minutes for nodes: {misfit}")
+                        request_resources(bundles=[dict(b.resources) for b in _required(groups)])
+                    asked = True
+                time.sleep(LOOK)
+        finally:
+            if asked:
+                request_resources(bundles=[])
+
+
+def _required(groups: Sequence[Group]) -> list[Bundle]:
+    return [bundle for group in groups if not group.optional for bundle in group.bundles]
 
 
 def _name(node: Mapping[str, Any], alive: Sequence[Mapping[str, Any]]) -> str:
@@ -94,7 +115,7 @@ def ray_session(address: str) -> Iterator[Nodes]:
     with contextlib.chdir(CHECKOUT):
         try:
             ray.init(address=address, **options)
-        except (ConnectionError, ValueError, ray.exceptions.AuthenticationError) as error:
+        except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
             raise UserError(_no_cluster(address, error)) from error
     try:
         yield Nodes("this machine" if local else f"cluster.address={address}")
@@ -125,26 +146,41 @@ class Seating:
         self._bundles: dict[str, tuple[Any, int]] = {}
 
     def reserve(self, say: Say) -> None:
-        """Set aside what must be there; waits where others use it, and says so."""
+        """Set aside what must be there; waits where others use it, and says so.
+
+        What is had of it is given back for a while when the rest does not come: two runs that each
+        hold a part would wait for each other.
+        """
+        import ray
+
+        told = False
+        while not self._reserved():
+            free = amounts(ray.available_resources()) or "nothing"
+            self.release()
+            self._nodes.layout(self._groups)
+            if not told:
+                say(f"waiting for room that others use; free now: {free}")
+            told = True
+            time.sleep(random.SystemRandom().uniform(LOOK, 10.0 * LOOK))
+
+    def _reserved(self) -> bool:
+        """Ask for every required group; whether all of them were had within ``HOLD`` seconds."""
         import ray
         from ray.util import placement_group
 
+        wanted = []
         for group in self._groups:
             if group.optional:
                 continue
             reserved = placement_group(
                 [dict(bundle.resources) for bundle in group.bundles], strategy=group.strategy
             )
+            wanted.append(reserved.ready())
             for at, bundle in enumerate(group.bundles):
                 for worker in self._names(bundle.workers):
                     self._bundles[worker] = (reserved, at)
-            told = False
-            while not ray.wait([reserved.ready()], timeout=10.0)[0]:
-                lay_out([g for g in self._groups if not g.optional], self._nodes.now())
-                if not told:
-                    free = amounts(ray.available_resources()) or "nothing"
-                    say(f"waiting for room for {group.name}: others use it; free now: {free}")
-                told = True
+        had, _ = ray.wait(wanted, num_returns=len(wanted), timeout=HOLD) if wanted else ([], [])
+        return len(had) == len(wanted)
 
     def _names(self, workers: Sequence[str]) -> list[str]:
         """The learner's first process is the one that this run has."""
@@ -156,6 +192,7 @@ class Seating:
 
         for reserved in {id(group): group for group, _ in self._bundles.values()}.values():
             remove_placement_group(reserved)
+        self._bundles.clear()
 
     def options(self, worker: WorkerPlan) -> dict[str, Any]:
         """Ray's options for the worker's actor."""
@@ -180,7 +217,7 @@ class Seating:
     def refuse_lost_room(self, worker: WorkerPlan) -> None:
         """Raises WorkerDied where the nodes that are left cannot hold the required workers."""
         try:
-            lay_out(self._groups, self._nodes.now())
+            self._nodes.layout(self._groups)
         except UserError as misfit:
             raise WorkerDied(f"{worker.name} has no node to run on: {misfit}") from misfit
 

@@ -17,7 +17,7 @@ from statistics import fmean
 from typing import Any
 
 from judges.errors import UserError
-from judges.options import AUTO, is_implicit
+from judges.options import AUTO, is_implicit, served_clients
 from pipeline import loop
 from pipeline.brake import Brake
 from pipeline.checkpoint import Cursor
@@ -150,11 +150,21 @@ def calibrate(cfg: Config, say: Say = print) -> Rates:
     with tempfile.TemporaryDirectory(prefix="freshpairs-plan-") as name:
         small = _three_rounds(settled(cfg), Path(name))
         inputs = check_inputs(small)
+        if isinstance(inputs.prompts, PromptStream):
+            _say_who_is_asked(small, say)
         plan = plan_crew(small, *threads)
         first, judge = plan.generators[:1], plan.judges[:1]
         plan = replace(plan, generators=first, judges=judge, required=1, elastic=False)
         with start_crew(small, plan, say) as crew:
             return _measured(small, crew, inputs, say)
+
+
+def _say_who_is_asked(cfg: Config, say: Say) -> None:
+    """That a judge over HTTP will be asked, which may cost money, and how much."""
+    if any(served_clients(cfg.judge.client, cfg.judge.args)):
+        sampling, updates = cfg.sampling, cfg.run.updates
+        count = updates * sampling.prompts_per_update * sampling.completions_per_prompt
+        say(f"asks {cfg.judge.title} about {count:,} completions, over HTTP: that may cost money")
 
 
 def _three_rounds(cfg: Config, folder: Path) -> Config:

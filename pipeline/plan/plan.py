@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from judges.errors import UserError
@@ -46,7 +45,7 @@ class Asked:
 
     nodes: str | None = None
     address: str | None = None
-    run: Path | None = None
+    run: str | None = None
     rates: str | None = None
     gpu: str | None = None
     generators: tuple[int, ...] = ()
@@ -137,11 +136,12 @@ def make_plan(cfg: Config, asked: Asked, say: Say) -> Plan:
     if asked.address is not None:
         cluster = cfg.cluster.model_copy(update={"address": asked.address})
         cfg = cfg.model_copy(update={"cluster": cluster})
-    nodes = _nodes(cfg, asked)
+    here = asked.nodes is None and cfg.cluster.address in ("local", "inline")
+    nodes = _this_machine() if here else _nodes(cfg, asked)
     crew = plan_crew(cfg, *threads_of(cfg, cores()))
     layout = lay_out(groups_of(crew), nodes)
     sizes = sizes_of(cfg)
-    capacity = _capacity(asked)
+    capacity = _capacity(asked, here)
     rates = _rates(cfg, asked, sizes, say)
     memory = _memory(cfg, crew, sizes, rates.lengths, capacity.get("GPU"))
     numbers = sorted({*(asked.generators or (1, 2, 4, 8)), cfg.generator.replicas})
@@ -154,11 +154,16 @@ def make_plan(cfg: Config, asked: Asked, say: Say) -> Plan:
 def _nodes(cfg: Config, asked: Asked) -> tuple[Node, ...]:
     if asked.nodes is not None:
         return parse_nodes(asked.nodes)
-    if cfg.cluster.address not in ("local", "inline"):
-        from pipeline.launch.ray_cluster import ray_session
+    from pipeline.launch.ray_cluster import ray_session
 
+    try:
         with ray_session(cfg.cluster.address) as nodes:
             return tuple(nodes.now())
+    except UserError as error:
+        raise UserError(f"{error}; or say what it has: --nodes 2x8") from error
+
+
+def _this_machine() -> tuple[Node, ...]:
     from workers.models.footprint import gpus_here
 
     resources = {"CPU": float(cores()), "GPU": float(len(gpus_here()))}
@@ -181,18 +186,17 @@ def parse_nodes(text: str) -> tuple[Node, ...]:
     return tuple(Node(f"node {number}", has) for number in range(count))
 
 
-def _capacity(asked: Asked) -> dict[str, float]:
-    """Bytes of a GPU: the one named, else this machine's smallest; of this machine's RAM where the
-    nodes are this machine."""
+def _capacity(asked: Asked, here: bool) -> dict[str, float]:
+    """Bytes of a GPU: the one named, else, where the nodes are this machine, its smallest; of its
+    RAM. Nobody knows those of other nodes."""
     from workers.models.footprint import gpus_here
 
     found: dict[str, float] = {}
-    here = gpus_here()
     if asked.gpu is not None:
         found["GPU"] = gpu_named(asked.gpu).gib * GIB
-    elif here:
-        found["GPU"] = float(min(here))
-    if asked.nodes is None and asked.address is None:
+    elif here and (gpus := gpus_here()):
+        found["GPU"] = float(min(gpus))
+    if here:
         found["RAM"] = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     return found
 

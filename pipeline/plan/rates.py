@@ -13,7 +13,8 @@ from judges.errors import UserError
 from pipeline.config import Config
 from pipeline.plan.virtual import Pace
 from pipeline.run_directory import read_run_config
-from pipeline.tracking import metrics
+from pipeline.storage import run_here
+from pipeline.tracking import METRICS_FILE, metrics
 
 ASSUMED_PROMPT = 256
 """Tokens of a prompt where nobody says, cut to what generator.max_model_len leaves."""
@@ -188,12 +189,12 @@ SAME = (
     "sampling.completions_per_prompt",
     "sampling.max_new_tokens",
     "objective.name",
-    "judge.name",
+    "judge.title",
 )
 """What a run's seconds depend on besides its numbers of workers and prompts."""
 
 
-def rates_of_run(run_dir: Path, cfg: Config) -> Rates:
+def rates_of_run(run_dir: str | Path, cfg: Config) -> Rates:
     """What the rounds of a run took, its first one aside (it warms up).
 
     Raises UserError where that run is not like ``cfg``, or has fewer than two rounds.
@@ -206,7 +207,8 @@ def rates_of_run(run_dir: Path, cfg: Config) -> Rates:
                 f"--from {run_dir}: its {key} is {theirs}, the config's {mine}: its seconds say "
                 "nothing of this one; calibrate instead (leave --from out), or give --rates"
             )
-    records = list(metrics(run_dir))
+    with run_here(str(run_dir), [METRICS_FILE]) as here:
+        records = list(metrics(here))
     rounds = [r for r in records if r["kind"] == "round" and r["round"] > 0]
     updates = [r for r in records if r["kind"] == "update" and r["round"] > 0]
     if not rounds or not updates:
