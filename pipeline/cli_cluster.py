@@ -104,7 +104,7 @@ def status(
         return
     table = Table(box=None, pad_edge=False)
     for heading in ("job", "run", "state", "since", "run directory"):
-        table.add_column(heading, overflow="fold")
+        table.add_column(heading, overflow="fold", no_wrap=heading == "job")
     for one in found:
         began = "" if one.began is None else f"{one.began:%Y-%m-%d %H:%M}"
         table.add_row(one.name, one.metadata.get("run", ""), one.state, began, one.run_dir)
