@@ -84,6 +84,10 @@ def test_what_does_not_fit_is_refused_with_what_the_cluster_has(
     assert said.startswith(
         "cluster.address=auto: the run needs generators 5 × (1 CPU); 3 CPU missing: the cluster has"
     )
+    waiting = train(cfg, tmp_path, joins, *several, "cluster.wait_minutes=0.05")
+    told, _ = waiting.communicate(timeout=150)
+    assert "waiting up to 0.05 minutes for nodes: cluster.address=auto: the run needs" in told
+    assert waiting.returncode == 2
     custom = ("cluster.address=auto", "learner.resources={fast: 1}")
     assert "1 fast missing" in refused(train(cfg, tmp_path, joins, *custom))
     assert not (tmp_path / "run").exists()

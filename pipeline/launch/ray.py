@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.handles import Future, WorkerDied
 from pipeline.launch.crew import Crew, CrewPlan, Say, WorkerPlan
-from pipeline.launch.ray_cluster import Seating, ray_session, seated
+from pipeline.launch.ray_cluster import Seating, ray_session
 from pipeline.launch.ray_metrics import RayMetrics
 from pipeline.placement import groups_of
 from workers.threads import thread_environment
@@ -125,17 +125,18 @@ def ray_crew(plan: CrewPlan, address: str, wait_minutes: float, say: Say) -> Ite
     with ray_session(address) as nodes:
         groups = groups_of(plan)
         nodes.wait_for(groups, wait_minutes, say)
-        with seated(plan, groups, nodes, say) as seating:
-            handles = {worker.name: RayHandle(worker, seating) for worker in plan.workers}
-            for worker in plan.workers:
-                if worker not in plan.optional:
-                    handles[worker.name].ready()
-            yield Crew(
-                generators=tuple(handles[worker.name] for worker in plan.generators),
-                judges=tuple(handles[worker.name] for worker in plan.judges),
-                learner=handles[plan.learner.name],
-                listeners=lambda generators: [RayMetrics(plan.run, generators, len(plan.judges))],
-            )
+        seating = Seating(plan, groups, nodes)
+        seating.reserve(say)
+        handles = {worker.name: RayHandle(worker, seating) for worker in plan.workers}
+        for worker in plan.workers:
+            if worker not in plan.optional:
+                handles[worker.name].ready()
+        yield Crew(
+            generators=tuple(handles[worker.name] for worker in plan.generators),
+            judges=tuple(handles[worker.name] for worker in plan.judges),
+            learner=handles[plan.learner.name],
+            listeners=lambda generators: [RayMetrics(plan.run, generators, len(plan.judges))],
+        )
 
 
 def _start(worker: WorkerPlan, placing: Mapping[str, Any]) -> Any:

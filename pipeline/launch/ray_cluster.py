@@ -116,6 +116,8 @@ def ray_session(address: str) -> Iterator[Nodes]:
         try:
             ray.init(address=address, **options)
         except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+            if local:
+                raise
             raise UserError(_no_cluster(address, error)) from error
     try:
         yield Nodes("this machine" if local else f"cluster.address={address}")
@@ -137,6 +139,7 @@ class Seating:
     """Where each worker is to go: into its bundle of a placement group, or wherever there is room.
 
     Workers that need nothing stay on the driver's node (Ray spills a soft wish of them anywhere).
+    What is set aside is given back when the session ends.
     """
 
     def __init__(self, plan: CrewPlan, groups: Sequence[Group], nodes: Nodes) -> None:
@@ -156,7 +159,7 @@ class Seating:
         told = False
         while not self._reserved():
             free = amounts(ray.available_resources()) or "nothing"
-            self.release()
+            self._release()
             self._nodes.layout(self._groups)
             if not told:
                 say(f"waiting for room that others use; free now: {free}")
@@ -186,8 +189,7 @@ class Seating:
         """The learner's first process is the one that this run has."""
         return [self._plan.learner.name if name == "learner 0" else name for name in workers]
 
-    def release(self) -> None:
-        """Give back what was set aside."""
+    def _release(self) -> None:
         from ray.util import remove_placement_group
 
         for reserved in {id(group): group for group, _ in self._bundles.values()}.values():
@@ -220,14 +222,3 @@ class Seating:
             self._nodes.layout(self._groups)
         except UserError as misfit:
             raise WorkerDied(f"{worker.name} has no node to run on: {misfit}") from misfit
-
-
-@contextmanager
-def seated(plan: CrewPlan, groups: Sequence[Group], nodes: Nodes, say: Say) -> Iterator[Seating]:
-    """Room set aside for the workers, given back in the end."""
-    seating = Seating(plan, groups, nodes)
-    try:
-        seating.reserve(say)
-        yield seating
-    finally:
-        seating.release()
