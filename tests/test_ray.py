@@ -105,6 +105,7 @@ def test_a_workers_error_arrives_as_itself(tiny_model: Path, tmp_path: Path) -> 
         job.run(on_ray(cfg, tmp_path / "second"), quiet=True)
 
 
+@pytest.mark.slow
 def test_a_judge_that_cannot_be_built_says_why(tiny_model: Path, tmp_path: Path) -> None:
     (tmp_path / "built.py").write_text(
         "class Judge:\n"
@@ -161,7 +162,10 @@ def mortal(plan: CrewPlan, marker: Path, how: str) -> CrewPlan:
     return dataclasses.replace(plan, generators=tuple(map(hosted, plan.generators)))
 
 
-@pytest.mark.parametrize(("how", "rounds_in_flight"), [("dies", 1), ("lies", 0)])
+@pytest.mark.parametrize(
+    ("how", "rounds_in_flight"),
+    [("dies", 1), pytest.param("lies", 0, marks=pytest.mark.slow)],
+)
 def test_a_generator_that_dies_or_lies_changes_nothing(
     tiny_model: Path,
     tmp_path: Path,
@@ -186,6 +190,7 @@ def test_a_generator_that_dies_or_lies_changes_nothing(
         assert pq.read_table(other).equals(pq.read_table(ledger))
 
 
+@pytest.mark.slow
 def test_a_users_folder_does_not_come_before_ours(tiny_model: Path, tmp_path: Path) -> None:
     """Ray puts the driver's directory first on its workers' path: ours must be it."""
     cfg = tiny.config(tiny_model, tmp_path, run={"updates": 1, "dir": str(tmp_path / "run")})
