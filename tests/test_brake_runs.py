@@ -335,9 +335,7 @@ def test_a_measure_of_an_update_stops_the_run_after_it(
 def test_what_changes_the_run_cannot_be_told_anew(
     tiny_model: Path, folder: Path, free: Free, key: str
 ) -> None:
-    with pytest.raises(
-        UserError, match=r"only judge\.budget, drift\.stop, drift"
-    ):
+    with pytest.raises(UserError, match=r"only judge\.budget, drift\.stop, drift"):
         job.resume(free(0), [f"{key}.entropy=1"], quiet=True)
 
 
