@@ -67,7 +67,9 @@ class Fleet:
         self._failures: Counter[str] = Counter()
         for replica in replicas:
             replica.fleet = self
-            replica.arrive()
+            replica.present = False
+        for replica in replicas:
+            self._arrives(replica)
 
     def here(self) -> list[Replica]:
         """Those that can be given work; waits until there is one.

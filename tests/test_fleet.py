@@ -13,9 +13,11 @@ from judges.errors import UserError
 from pipeline import fleet, job
 from pipeline.fleet import DEATHS, Fleet, those_here
 from pipeline.handles import Future, WorkerDied
+from pipeline.judging import Judging
 from pipeline.launch.inline import InlineHandle, _Failed
 from pipeline.learner import RemoteLearner
 from pipeline.replica import Replica
+from pipeline.rollout import Rollout
 from pipeline.stopping import Stop
 from pipeline.sync import WeightSync
 from tests import tiny
@@ -216,6 +218,37 @@ def test_a_newcomer_that_cannot_be_built_is_left_out(monkeypatch: pytest.MonkeyP
     again = "generator 0 could not join (no model at /models/x): it is tried again"
     left_out = "generator 0 could not join (no model at /models/x): it is left out from here on"
     assert said == [again, again, left_out]
+
+
+def test_one_that_cannot_be_built_at_first_does_not_keep_a_run_from_its_start(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    def here(slot: SpotSlot) -> bool:
+        raise OSError("no model at /models/x")
+
+    broken = SpotSlot(FakeGenerator)
+    monkeypatch.setattr(broken, "here", lambda: here(broken))
+    replicas, said, _ = fleet_of(SpotSlot(FakeGenerator), broken)
+    assert [replica.present for replica in replicas] == [True, False]
+    assert said == ["generator 1 could not join (no model at /models/x): it is tried again"]
+
+
+def test_all_samples_of_a_round_are_waited_for_before_its_verdicts(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So a lost generator's prompts are sampled again while the judges are at work."""
+    waited: list[str] = []
+    for owner, kind in ((Rollout, "_sampled"), (Judging, "result")):
+        original = getattr(owner, kind)
+
+        def noted(*args: Any, original: Any = original, kind: str = kind) -> Any:
+            waited.append(kind)
+            return original(*args)
+
+        monkeypatch.setattr(owner, kind, noted)
+    cfg = tiny.config(tiny_model, tmp_path, run={"updates": 6}, resampling={"updates_per_round": 3})
+    job.run(cfg, quiet=True)
+    assert waited == 2 * [*3 * ["_sampled"], *3 * ["result"]]
 
 
 def test_what_is_wrong_with_all_of_them_ends_the_run(monkeypatch: pytest.MonkeyPatch):
