@@ -33,6 +33,16 @@ Learned: TypeAlias = tuple[tuple[tuple[Any, ...], ...], tuple[tuple[Any, ...], .
 each example (chosen, rejected, P(chosen better))."""
 
 
+def steady(**seconds: float) -> Pace:
+    """So many seconds for a call of a method named, whatever it is about; none for the others."""
+    return lambda method, positions: seconds.get(method, 0.0)
+
+
+def steady_a_prompt(**seconds: float) -> Pace:
+    """So many seconds for each prompt of a call of a method named; none for the others."""
+    return lambda method, positions: seconds.get(method, 0.0) * len(positions)
+
+
 def erratic(seed: int, name: str) -> Pace:
     """A worker whose speed is its own, whose calls have heavy tails, and some prompts are slow.
 

@@ -29,7 +29,7 @@ from pipeline.drift import Drift
 from pipeline.inputs import pairing_of
 from pipeline.judging import Judges
 from pipeline.learner import RemoteLearner
-from pipeline.plan.virtual import Pace, VirtualHandle, World, steady, steady_a_prompt
+from pipeline.plan.virtual import Pace, VirtualHandle, World
 from pipeline.plan.virtual_workers import MemoryLedger, NoEvaluator
 from pipeline.prompts import PromptOptions, PromptStream
 from pipeline.replica import Replica
@@ -49,6 +49,8 @@ from tests.fake_crew import (
     MemoryTracker,
     WatchedRollout,
     erratic,
+    steady,
+    steady_a_prompt,
 )
 from tests.prompt_helpers import ENCODER, numbered
 

@@ -49,15 +49,14 @@ class WorkerPlan:
 class CrewPlan:
     """Every worker of a run.
 
-    The first ``required`` generators must be there when it starts, all of them where they may not
-    come and go (not ``elastic``). ``learner_processes`` are placed alike. ``run`` is its name.
+    The first ``required`` generators must be there when it starts. ``learner_processes`` are placed
+    alike. ``run`` is its name.
     """
 
     generators: tuple[WorkerPlan, ...]
     judges: tuple[WorkerPlan, ...]
     learner: WorkerPlan
     required: int
-    elastic: bool = False
     learner_processes: int = 1
     placement: Literal["apart", "colocated"] = "apart"
     run: str = ""
@@ -178,7 +177,6 @@ def plan_crew(cfg: Config, generator_threads: int, learner_threads: int) -> Crew
             log=log("learner"),
         ),
         required=cfg.generator.min_replicas or cfg.generator.replicas,
-        elastic=cfg.generator.min_replicas is not None,
         learner_processes=cfg.learner.workers,
         placement=cfg.cluster.placement,
         run=cfg.run.name,

@@ -154,7 +154,7 @@ def calibrate(cfg: Config, say: Say = print) -> Rates:
             _say_who_is_asked(small, say)
         plan = plan_crew(small, *threads)
         first, judge = plan.generators[:1], plan.judges[:1]
-        plan = replace(plan, generators=first, judges=judge, required=1, elastic=False)
+        plan = replace(plan, generators=first, judges=judge, required=1)
         with start_crew(small, plan, say) as crew:
             return _measured(small, crew, inputs, say)
 

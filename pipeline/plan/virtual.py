@@ -15,16 +15,6 @@ Pace: TypeAlias = Callable[[str, Sequence[int]], float]
 """Seconds of a call, from its method and the positions of the prompts that it is about."""
 
 
-def steady(**seconds: float) -> Pace:
-    """So many seconds for a call of a method named, whatever it is about; none for the others."""
-    return lambda method, positions: seconds.get(method, 0.0)
-
-
-def steady_a_prompt(**seconds: float) -> Pace:
-    """So many seconds for each prompt of a call of a method named; none for the others."""
-    return lambda method, positions: seconds.get(method, 0.0) * len(positions)
-
-
 @dataclass(slots=True)
 class World:
     """Virtual seconds since the run began."""
